@@ -1,0 +1,106 @@
+"""Logs: JSON lines to standard output, coloured text on a terminal; never a prompt, an answer or a key.
+
+Everything goes through one chain of processors: our own events, and those of uvicorn, gunicorn and
+every other library that uses the standard library's logging.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from contextvars import ContextVar
+from typing import Any, Final, Literal
+
+import msgspec
+import structlog
+from structlog.typing import EventDict, Processor, WrappedLogger
+
+request_id_of_task: ContextVar[str] = ContextVar("request_id_of_task", default="")
+"""The request that this task serves: put into every line that is logged meanwhile."""
+
+_LEVELS: Final = logging.getLevelNamesMapping()
+_QUIET: Final = ("uvicorn.access", "httpx2", "httpcore2", "openai", "asyncio")
+
+
+def configure(level: str, form: Literal["auto", "json", "console"]) -> None:
+    """Set up all logging of this process; may be called again to change it."""
+    console = form == "console" or (form == "auto" and sys.stdout.isatty())
+    shared: list[Processor] = [
+        structlog.stdlib.add_log_level if console else _add_level,
+        _add_request_id,
+        structlog.processors.TimeStamper(fmt="iso", utc=True, key="timestamp"),
+    ]
+    render: list[Processor]
+    if console:
+        render = [structlog.dev.ConsoleRenderer(colors=sys.stdout.isatty())]
+    else:
+        render = [structlog.processors.dict_tracebacks, _render_json]
+    number = _LEVELS[level.upper()]
+    structlog.configure(
+        processors=[*shared, *render],
+        wrapper_class=structlog.make_filtering_bound_logger(number),
+        logger_factory=structlog.PrintLoggerFactory(sys.stdout)
+        if console
+        else structlog.BytesLoggerFactory(sys.stdout.buffer),
+        cache_logger_on_first_use=False,
+    )
+    _bridge(number, shared, render)
+
+
+def _bridge(level: int, shared: list[Processor], render: list[Processor]) -> None:
+    """Let the standard library's loggers write through the same chain."""
+    last = render[-1]
+
+    def as_text(logger: WrappedLogger, name: str, event: EventDict) -> str:
+        rendered = last(logger, name, event)
+        return rendered.decode() if isinstance(rendered, bytes) else str(rendered)
+
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[structlog.stdlib.add_logger_name, *shared],
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                *render[:-1],
+                as_text,
+            ],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level)
+    for name in ("uvicorn", "uvicorn.error", "gunicorn.error"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+    for name in _QUIET:
+        logging.getLogger(name).setLevel(max(level, logging.WARNING))
+
+
+def _add_level(logger: WrappedLogger, name: str, event: EventDict) -> EventDict:
+    event["level"] = name
+    return event
+
+
+def _add_request_id(logger: WrappedLogger, name: str, event: EventDict) -> EventDict:
+    request_id = request_id_of_task.get()
+    if request_id:
+        event.setdefault("request_id", request_id)
+    return event
+
+
+def _render_json(logger: WrappedLogger, name: str, event: EventDict) -> bytes:
+    """One line of JSON; time, level and event come first, for people who read it raw."""
+    ordered = {k: event.pop(k, None) for k in ("timestamp", "level", "event")} | event
+    try:
+        return msgspec.json.encode(ordered)
+    except TypeError:
+        return msgspec.json.encode({k: _plain(v) for k, v in ordered.items()})
+
+
+def _plain(value: Any) -> Any:
+    try:
+        msgspec.json.encode(value)
+    except TypeError:
+        return repr(value)
+    return value

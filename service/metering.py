@@ -1,0 +1,410 @@
+"""Reading answers: usage, model and end of an answer from its bytes, without changing what is passed on.
+
+Answers pass through Weir as bytes. This module looks into them once, with decoders that build only
+the few fields of interest (about a microsecond for a streamed chunk), and it tolerates what servers
+that call themselves OpenAI-compatible send. Pure functions and one state machine: no input or output.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any, Final
+
+import msgspec
+
+from service.domain import Operation, Usage, UsageSource
+from service.errors import StreamTruncated, UpstreamError, UpstreamProtocolError
+from service.tokens import ASCII_LETTERS_PER_TOKEN, estimate_text
+
+MAX_EVENT_BYTES: Final = 16 * 1024 * 1024
+"""An event that has not ended after so many bytes is no event."""
+
+_DONE: Final = b"[DONE]"
+# A blank line ends an event. Atomic groups: "\r\n" is one line end, never two.
+_BLANK_LINE: Final = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
+_LINE_END: Final = re.compile(rb"\r\n|\n|\r")
+_WRITTEN: Final = frozenset(("content", "text", "arguments", "refusal", "reasoning_content"))
+_RESPONSE_ENDS: Final = ("response.completed", "response.incomplete", "response.failed")
+
+
+class AnswerFacts(msgspec.Struct):
+    """What a whole answer says of itself."""
+
+    id: str | None = None
+    model: str = ""
+    usage: Usage | None = None
+    finish_reason: str | None = None
+
+
+class _Head(msgspec.Struct):
+    finish_reason: Any = None
+
+
+class _Whole(msgspec.Struct):
+    id: Any = None
+    model: Any = None
+    usage: Any = None
+    choices: list[_Head] | None = None
+    status: Any = None
+
+
+class _Function(msgspec.Struct):
+    arguments: str | None = None
+
+
+class _ToolCall(msgspec.Struct):
+    function: _Function | None = None
+
+
+class _Delta(msgspec.Struct):
+    content: str | None = None
+    reasoning_content: str | None = None
+    refusal: str | None = None
+    tool_calls: list[_ToolCall] | None = None
+
+
+class _Choice(msgspec.Struct):
+    index: int = 0
+    delta: _Delta | None = None
+    text: str | None = None
+    finish_reason: str | None = None
+
+
+class _Chunk(msgspec.Struct):
+    """One event's data: of a chat or text completion, or (type, delta, response) of a response."""
+
+    id: str | None = None
+    model: str | None = None
+    choices: list[_Choice] | None = None
+    usage: Any = None
+    error: Any = None
+    type: str | None = None
+    delta: Any = None
+    response: _Whole | None = None
+    message: Any = None
+    code: Any = None
+
+
+_decode_whole: Final = msgspec.json.Decoder(_Whole).decode
+_decode_chunk: Final = msgspec.json.Decoder(_Chunk).decode
+
+
+def read_answer(body: bytes) -> AnswerFacts:
+    """The facts of a whole answer. Raises UpstreamProtocolError if it is no JSON object."""
+    try:
+        whole = _decode_whole(body)
+    except msgspec.ValidationError:
+        whole = _decode_leniently(body)
+    except msgspec.DecodeError:
+        raise _no_json() from None
+    return _facts(whole)
+
+
+def estimate_answer(body: bytes) -> int:
+    """Output tokens of a whole answer that came without usage: an estimate from its texts."""
+    try:
+        decoded = msgspec.json.decode(body)
+    except msgspec.DecodeError:
+        return 0
+    if not isinstance(decoded, dict):
+        return 0
+    return sum(estimate_text(text) for text in _texts([decoded.get("choices"), decoded.get("output")]))
+
+
+def read_usage(value: Any) -> Usage | None:
+    """Usage as any of OpenAI's APIs write it; None if it is absent or nonsense.
+
+    Chat and text completions name the totals prompt_tokens and completion_tokens, the Responses API
+    input_tokens and output_tokens; the parts sit in `..._tokens_details`.
+    """
+    if not isinstance(value, dict):
+        return None
+    given = _count(value, "prompt_tokens", "input_tokens")
+    made = _count(value, "completion_tokens", "output_tokens")
+    if given is None and made is None:
+        return None
+    given_details = _part(value, "prompt_tokens_details", "input_tokens_details")
+    made_details = _part(value, "completion_tokens_details", "output_tokens_details")
+    # DeepSeek counts cache hits beside the totals instead of in the details.
+    cached = _count(given_details, "cached_tokens") or _count(value, "prompt_cache_hit_tokens") or 0
+    return Usage(
+        input_tokens=given or 0,
+        output_tokens=made or 0,
+        cached_input_tokens=min(cached, given or 0),
+        cache_write_tokens=_count(given_details, "cache_write_tokens", "cache_creation_tokens") or 0,
+        reasoning_tokens=_count(made_details, "reasoning_tokens") or 0,
+    )
+
+
+class StreamMeter:
+    """Follows one stream: cuts it into whole events, reads them, and gives back the bytes to pass on.
+
+    `feed` takes bytes cut anywhere and returns only whole events, unchanged; an event cut in two is
+    held until its rest comes. After `feed`, these tell where the stream stands:
+
+    - `done`: it ended as its protocol wants; what follows is ignored.
+    - `error`: the upstream reported an error in the stream; the event itself is not passed on.
+    - `usage`, `model`, `id`, `finish_reason`; `has_output` once the first piece of answer came.
+    """
+
+    def __init__(self, operation: Operation, *, hide_usage: bool = False, keep_text: bool = False) -> None:
+        self._responses = operation is Operation.RESPONSES
+        self._hide_usage = hide_usage
+        self._keep_text = keep_text
+        self._pending = bytearray()
+        self._ascii_letters = 0
+        self._other_letters = 0
+        self._text: list[str] = []
+        self.done = False
+        self.error: UpstreamError | None = None
+        self.usage: Usage | None = None
+        self.model = ""
+        self.id: str | None = None
+        self.finish_reason: str | None = None
+        self.has_output = False
+        self.events = 0
+        """Good events so far, comments not counted."""
+
+    def feed(self, data: bytes) -> bytes:
+        """Take `data`; return what of the stream can go to the caller now, maybe nothing."""
+        if self.done or self.error is not None:
+            return b""
+        block = self._whole_events(data)
+        if not block:
+            return b""
+        if b"\r" in block:
+            events = _BLANK_LINE.split(block)
+        else:
+            events = block.split(b"\n\n")
+        events.pop()  # after the last blank line there is nothing
+        passed: list[bytes] = []
+        unchanged = True
+        for event in events:
+            kept = self._read(event)
+            if kept is event:
+                passed.append(event)
+            else:
+                unchanged = False
+                if kept is not None:
+                    passed.append(kept)
+            if self.error is not None or self.done:
+                unchanged = unchanged and event is events[-1]
+                break
+        if unchanged:
+            return block
+        return b"".join(event + b"\n\n" for event in passed)
+
+    def finish(self) -> bytes:
+        """The upstream's connection ended: the last event, should only its blank line be missing.
+
+        Raises StreamTruncated if the stream had not ended.
+        """
+        rest = b""
+        if not self.done and bytes(self._pending).strip() == b"data: " + _DONE:
+            rest = self.feed(b"\n\n")
+        if not self.done:
+            raise StreamTruncated(
+                "The upstream ended the stream before its end mark: the answer may be incomplete."
+            )
+        return rest
+
+    def take_text(self) -> str:
+        """The answer's text that came since the last call; needs `keep_text`."""
+        text = "".join(self._text)
+        self._text.clear()
+        return text
+
+    def usage_or_estimate(self, estimated_input_tokens: int) -> Usage:
+        """The provider's count; else an estimate from the text that came."""
+        if self.usage is not None:
+            return self.usage
+        return Usage(
+            input_tokens=estimated_input_tokens,
+            output_tokens=-(-self._ascii_letters // ASCII_LETTERS_PER_TOKEN) + self._other_letters,
+            source=UsageSource.ESTIMATED,
+        )
+
+    def _whole_events(self, data: bytes) -> bytes:
+        """Everything up to the last blank line; the rest is held back."""
+        pending = self._pending
+        if not pending and data.endswith(b"\n\n"):
+            return data  # nearly always: packets carry whole events
+        searched = max(len(pending) - 3, 0)
+        pending += data
+        end = -1
+        if b"\r" in pending:
+            for match in _BLANK_LINE.finditer(pending, searched):
+                end = match.end()
+        else:
+            found = pending.rfind(b"\n\n", searched)
+            end = found + 2 if found >= 0 else -1
+        if end < 0:
+            if len(pending) > MAX_EVENT_BYTES:
+                self.error = UpstreamProtocolError("The upstream sent an event without an end.")
+            return b""
+        block = bytes(pending[:end])
+        del pending[:end]
+        return block
+
+    def _read(self, event: bytes) -> bytes | None:
+        """Note what `event` says; return it, a changed one in its place, or None to leave it out."""
+        data = _data_of(event)
+        if data is None:
+            return event
+        if data.strip() == _DONE:
+            self.done = True
+            self.events += 1
+            return event
+        try:
+            chunk = _decode_chunk(data)
+        except msgspec.ValidationError:
+            self.events += 1
+            return event  # an unusual shape: not ours to judge
+        except msgspec.DecodeError:
+            self.error = _no_json()
+            return None
+        if chunk.error or chunk.type == "error":
+            self.error = _reported(chunk)
+            return None
+        self.events += 1
+        if self._responses:
+            self._note_response(chunk)
+            return event
+        return self._note_completion(chunk, event, data)
+
+    def _note_completion(self, chunk: _Chunk, event: bytes, data: bytes) -> bytes | None:
+        if self.id is None:
+            self.id = chunk.id
+        if chunk.model:
+            self.model = chunk.model
+        for choice in chunk.choices or ():
+            if choice.finish_reason and choice.index == 0:
+                self.finish_reason = choice.finish_reason
+            if choice.delta is not None:
+                self._note_delta(choice.delta, choice.index)
+            elif choice.text:
+                self._note_text(choice.text, choice.index)
+        if chunk.usage is None:
+            return event
+        usage = read_usage(chunk.usage)
+        if usage is not None:
+            self.usage = usage  # the last one is the sum: never add them up
+        if not self._hide_usage:
+            return event
+        return _without_usage(data) if chunk.choices else None
+
+    def _note_delta(self, delta: _Delta, index: int) -> None:
+        if delta.content:
+            self._note_text(delta.content, index)
+        if delta.reasoning_content:
+            self._count_letters(delta.reasoning_content)
+        if delta.refusal:
+            self._count_letters(delta.refusal)
+        for call in delta.tool_calls or ():
+            if call.function is not None:
+                self._count_letters(call.function.arguments or "")
+
+    def _note_response(self, chunk: _Chunk) -> None:
+        kind = chunk.type or ""
+        if kind.endswith(".delta") and isinstance(chunk.delta, str):
+            if kind == "response.output_text.delta":
+                self._note_text(chunk.delta, 0)
+            else:
+                self._count_letters(chunk.delta)
+        if chunk.response is not None:
+            facts = _facts(chunk.response)
+            self.id, self.model = facts.id, facts.model or self.model
+            if kind in _RESPONSE_ENDS:
+                self.usage, self.finish_reason, self.done = facts.usage, facts.finish_reason, True
+
+    def _note_text(self, text: str, index: int) -> None:
+        self._count_letters(text)
+        if self._keep_text and index == 0:
+            self._text.append(text)
+
+    def _count_letters(self, text: str) -> None:
+        self.has_output = True
+        if text.isascii():
+            self._ascii_letters += len(text)
+        else:
+            ascii_letters = sum(1 for letter in text if letter < "\u0250")
+            self._ascii_letters += ascii_letters
+            self._other_letters += len(text) - ascii_letters
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The strings in an answer that a model wrote."""
+    if isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            if isinstance(item, str) and name in _WRITTEN:
+                yield item
+            else:
+                yield from _texts(item)
+
+
+def _data_of(event: bytes) -> bytes | None:
+    """The data of one event, its `data:` lines joined; None for comments and empty events."""
+    if event.startswith(b"data: ") and b"\n" not in event and b"\r" not in event:
+        return event[6:]
+    lines = [
+        line[6:] if line.startswith(b"data: ") else line[5:]
+        for line in _LINE_END.split(event)
+        if line.startswith(b"data:")
+    ]
+    return b"\n".join(lines) if lines else None
+
+
+def _facts(whole: _Whole) -> AnswerFacts:
+    finish = whole.choices[0].finish_reason if whole.choices else whole.status
+    return AnswerFacts(
+        id=whole.id if isinstance(whole.id, str) else None,
+        model=whole.model if isinstance(whole.model, str) else "",
+        usage=read_usage(whole.usage),
+        finish_reason=finish if isinstance(finish, str) else None,
+    )
+
+
+def _decode_leniently(body: bytes) -> _Whole:
+    """An answer whose `choices` are unusual: the rest of it still counts."""
+    decoded = msgspec.json.decode(body)
+    if not isinstance(decoded, dict):
+        raise _no_json()
+    return _Whole(id=decoded.get("id"), model=decoded.get("model"), usage=decoded.get("usage"))
+
+
+def _reported(chunk: _Chunk) -> UpstreamError:
+    """An error event as our error, with the upstream's own words."""
+    detail = chunk.error if isinstance(chunk.error, dict) else {"message": chunk.error or chunk.message}
+    message = detail.get("message")
+    words = message if isinstance(message, str) and message else "no reason was given"
+    return UpstreamError(f"The upstream reported an error in the stream: {words}")
+
+
+def _without_usage(data: bytes) -> bytes:
+    decoded = msgspec.json.decode(data)
+    decoded.pop("usage", None)
+    return b"data: " + msgspec.json.encode(decoded)
+
+
+def _no_json() -> UpstreamProtocolError:
+    return UpstreamProtocolError("The upstream answered something that is not JSON.")
+
+
+def _part(value: dict[str, Any], *names: str) -> dict[str, Any]:
+    for name in names:
+        part = value.get(name)
+        if isinstance(part, dict):
+            return part
+    return {}
+
+
+def _count(value: dict[str, Any], *names: str) -> int | None:
+    for name in names:
+        count = value.get(name)
+        if isinstance(count, int) and not isinstance(count, bool) and count >= 0:
+            return count
+    return None

@@ -1,0 +1,328 @@
+"""What surrounds every request and knows nothing of models. Pure ASGI, one concern each.
+
+From the outside: `RequestContextMiddleware` (ids, headers, the canonical log line), then CORS where
+it is set, `ErrorMiddleware` (every error as one envelope), `GateMiddleware` (who calls),
+`BodyMiddleware` (how much, how soon).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import re
+import time
+import uuid
+from typing import Any, Final
+
+import msgspec
+import structlog
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.api.context import SCOPE_KEY, Dialect, RequestContext, context_of
+from service.api.openai import send_json
+from service.api.sse import error_event
+from service.domain import Outcome, RequestRecord
+from service.errors import (
+    BodyTooLarge,
+    CallerGone,
+    InternalError,
+    RequestTimeout,
+    ShuttingDown,
+    UpstreamError,
+    WeirError,
+)
+from service.logging import request_id_of_task
+from service.ports import Authenticator
+from service.telemetry import HTTPSizes, Metrics
+
+PROTECTED: Final = ("/v1/", "/api/")
+MODEL_ROUTES: Final = frozenset(
+    (
+        *("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses"),
+        *("/api/v1/chat", "/api/v1/chat/stream", "/api/v1/generate", "/api/v1/batch"),
+    )
+)
+"""Routes whose every request has an outcome, also when it never reached a model."""
+
+_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+_SECURITY: Final = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+)
+_CLOSED_CSP: Final = (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'")
+_PAGE_CSP: Final = (
+    b"content-security-policy",
+    b"default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
+    b"img-src 'self' data:; worker-src blob:; frame-ancestors 'none'",
+)
+_NO_STORE: Final = (b"cache-control", b"no-store")
+_GONE_STATUS: Final = CallerGone.status
+
+log = structlog.get_logger("weir")
+
+
+class RequestContextMiddleware:
+    """Gives each request its context and id, and writes its one canonical log line."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        context = RequestContext(scope, "")
+        context.request_id = _request_id(context.headers.get(b"x-request-id"))
+        scope[SCOPE_KEY] = context
+        request_id_of_task.set(context.request_id)
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                context.status = message["status"]
+                message["headers"] = [*message.get("headers", ()), *_headers(context, message)]
+            else:
+                context.response_bytes += len(message.get("body", b""))
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_headers)
+        finally:
+            self._finish(scope, context)
+
+    def _finish(self, scope: Scope, context: RequestContext) -> None:
+        seconds = time.perf_counter() - context.started
+        route, status = _route(scope, context), context.status or _GONE_STATUS
+        sizes = HTTPSizes(len(context.body), context.response_bytes)
+        self._metrics.http(context.method, route, status, seconds, sizes)
+        record = context.record
+        outcome = record.outcome if record is not None else _outcome_of(status)
+        if record is None and route in MODEL_ROUTES:
+            self._metrics.refused(route, outcome)
+        line: dict[str, Any] = {
+            "method": context.method,
+            "route": route,
+            "status": status,
+            "ms": round(seconds * 1000, 3),
+            "outcome": outcome.value,
+            "key": context.principal.name,
+            "tenant": context.principal.tenant,
+        }
+        if record is not None:
+            line |= _model_fields(record)
+        if status >= 500 or outcome is Outcome.STREAM_TRUNCATED:
+            log.warning("request", **line)
+        else:
+            log.info("request", **line)
+
+
+class ErrorMiddleware:
+    """Turns what is raised into OpenAI's envelope, or into an event where a stream has begun."""
+
+    def __init__(self, app: ASGIApp, *, debug: bool = False) -> None:
+        self._app = app
+        self._debug = debug
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        try:
+            await self._app(scope, receive, send)
+        except CallerGone:
+            return  # nobody is there to be told
+        except WeirError as error:
+            await answer_error(context_of(scope), send, error)
+        except asyncio.CancelledError:
+            await answer_error(context_of(scope), send, ShuttingDown("This server is shutting down."))
+            raise
+        except Exception as error:  # the last resort: a fault of ours must not be a silent end
+            log.exception("internal_error")
+            detail = f" {type(error).__name__}: {error}" if self._debug else ""
+            fault = InternalError(f"An internal error happened; see the log for this request id.{detail}")
+            await answer_error(context_of(scope), send, fault)
+
+
+class GateMiddleware:
+    """Asks for a credential below /v1 and /api, before anything else of the request is read."""
+
+    def __init__(self, app: ASGIApp, authenticator: Authenticator) -> None:
+        self._app = app
+        self._authenticator = authenticator
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"].startswith(PROTECTED):
+            context = context_of(scope)
+            context.principal = self._authenticator.principal(context.header(b"authorization"))
+        await self._app(scope, receive, send)
+
+
+class BodyMiddleware:
+    """Reads the body, up to a size and within a time, into the request's context."""
+
+    def __init__(self, app: ASGIApp, *, max_bytes: int, timeout_seconds: float) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+        self._timeout = timeout_seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
+            return await self._app(scope, receive, send)
+        context = context_of(scope)
+        declared = context.headers.get(b"content-length", b"0")
+        if not declared.isdigit() or int(declared) > self._max_bytes:
+            raise self._too_large()
+        context.body = await self._read(receive)
+        unread = True
+
+        async def receive_again() -> Message:
+            nonlocal unread
+            if unread:
+                unread = False
+                return {"type": "http.request", "body": context.body, "more_body": False}
+            return await receive()
+
+        await self._app(scope, receive_again if _wants_body(scope) else receive, send)
+
+    async def _read(self, receive: Receive) -> bytes:
+        message = await receive()
+        if message["type"] == "http.request" and not message.get("more_body"):
+            body: bytes = message.get("body", b"")
+            if len(body) > self._max_bytes:
+                raise self._too_large()
+            return body
+        try:
+            async with asyncio.timeout(self._timeout):
+                return await self._collect(message, receive)
+        except TimeoutError:
+            raise RequestTimeout("The body of your request did not arrive in time.") from None
+
+    async def _collect(self, message: Message, receive: Receive) -> bytes:
+        parts, size = [], 0
+        while True:
+            if message["type"] == "http.disconnect":
+                raise CallerGone("The caller left before its request was whole.")
+            part = message.get("body", b"")
+            size += len(part)
+            if size > self._max_bytes:
+                raise self._too_large()
+            parts.append(part)
+            if not message.get("more_body"):
+                return b"".join(parts)
+            message = await receive()
+
+    def _too_large(self) -> BodyTooLarge:
+        return BodyTooLarge(f"The body of your request is larger than {self._max_bytes} bytes.")
+
+
+async def answer_error(context: RequestContext, send: Send, error: WeirError) -> None:
+    """Send `error`: as an answer, or as the last event of the stream that has begun."""
+    if context.status is None:
+        await send_json(send, msgspec.json.encode(error.body()), error.status, _advice(context, error))
+        return
+    if context.dialect is not None:
+        last = error_event(context.dialect, error)
+        await send({"type": "http.response.body", "body": last, "more_body": True})
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _advice(context: RequestContext, error: WeirError) -> tuple[tuple[bytes, bytes], ...]:
+    """Headers that tell a client whether, and when, to try again."""
+    tried = context.record.attempts if context.record is not None else 0
+    # What Weir has tried again already, its callers need not multiply.
+    again = error.retry and (tried <= 1 or error.status == 429)
+    headers = [(b"x-should-retry", b"true" if again else b"false")]
+    if error.retry_after_seconds is not None:
+        headers.append((b"retry-after", str(max(math.ceil(error.retry_after_seconds), 1)).encode()))
+    if error.status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    if isinstance(error, UpstreamError) and error.upstream_request_id:
+        headers.append((b"x-upstream-request-id", error.upstream_request_id.encode("latin-1", "replace")))
+    return tuple(headers)
+
+
+def _wants_body(scope: Scope) -> bool:
+    """FastAPI's own routes read the body by `receive`; the plain ones take it from the context."""
+    return not scope["path"].startswith("/v1/")
+
+
+def _request_id(given: bytes | None) -> str:
+    text = given.decode("latin-1") if given else ""
+    return text if _REQUEST_ID.fullmatch(text) else uuid.uuid4().hex
+
+
+def _headers(context: RequestContext, message: Message) -> list[tuple[bytes, bytes]]:
+    headers = [
+        (b"x-request-id", context.request_id.encode()),
+        (b"x-process-time", f"{time.perf_counter() - context.started:.6f}".encode()),
+        *_SECURITY,
+    ]
+    record = context.record
+    if record is not None:
+        if record.upstream_request_id and message["status"] < 400:
+            headers.append((b"x-upstream-request-id", record.upstream_request_id.encode("latin-1", "replace")))
+        if record.trace_id:
+            headers.append((b"x-trace-id", record.trace_id.encode()))
+    if context.path.startswith(PROTECTED):
+        headers.append(_CLOSED_CSP)
+        if not any(name == b"cache-control" for name, _ in message["headers"][:4]):
+            headers.append(_NO_STORE)
+    else:
+        headers.append(_PAGE_CSP)
+    return headers
+
+
+def _route(scope: Scope, context: RequestContext) -> str:
+    """The route's template, never the raw path: labels come from bounded sets."""
+    if context.record is not None:
+        return context.record.route
+    if context.path in MODEL_ROUTES:
+        return context.path
+    route = scope.get("route")
+    return getattr(route, "path", None) or scope.get("weir.route") or "none"
+
+
+def _outcome_of(status: int) -> Outcome:
+    if status == _GONE_STATUS:
+        return Outcome.CLIENT_DISCONNECTED
+    if status == 429:
+        return Outcome.RATE_LIMITED
+    if status >= 500:
+        return Outcome.INTERNAL_ERROR
+    return Outcome.CLIENT_ERROR if status >= 400 else Outcome.SUCCESS
+
+
+def _model_fields(record: RequestRecord) -> dict[str, Any]:
+    """What the canonical line says of the call to the model."""
+    usage = record.usage
+    return {
+        "operation": record.operation.genai_name,
+        "model": record.request_model,
+        "response_model": record.response_model,
+        "upstream": record.upstream,
+        "stream": record.stream,
+        "attempts": record.attempts,
+        "input_tokens": usage.input_tokens if usage else 0,
+        "output_tokens": usage.output_tokens if usage else 0,
+        "usage_source": usage.source.value if usage else None,
+        "cost_usd": record.cost.usd,
+        "cost_source": record.cost.source,
+        "ttft_ms": _milliseconds(record.time_to_first_token_seconds),
+        "error_code": record.error_code,
+        "conversation_id": record.conversation_id,
+        "upstream_request_id": record.upstream_request_id,
+        "trace_id": record.trace_id,
+    }
+
+
+def _milliseconds(seconds: float | None) -> float | None:
+    return round(seconds * 1000, 3) if seconds is not None else None
+
+
+__all__ = [
+    "BodyMiddleware",
+    "Dialect",
+    "ErrorMiddleware",
+    "GateMiddleware",
+    "RequestContextMiddleware",
+    "answer_error",
+]

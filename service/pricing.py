@@ -1,0 +1,140 @@
+"""What tokens cost: prices from genai-prices, resolved once a model, with overrides from the YAML.
+
+A model's price is looked up once and held for an hour, so that a price which changes at a date does
+so here too; after that a request costs a few multiplications. What nobody knows the price of is
+`unpriced`: its cost is None, never a silent 0.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from typing import Final
+
+import msgspec
+from genai_prices.data_snapshot import get_snapshot
+from genai_prices.types import ModelInfo, ModelPrice, TieredPrices
+
+from service.domain import UNPRICED, Cost, Price, Usage
+
+OVERRIDE: Final = "override"
+TABLE: Final = "genai-prices"
+HOLD_SECONDS: Final = 3600.0
+HOLD_MODELS: Final = 2_000
+"""Model names come from callers, so what is held of them has a bound."""
+_MILLION: Final = 1_000_000
+
+
+class Tier(msgspec.Struct, frozen=True):
+    """The prices that hold for requests with more than `above_tokens` input tokens."""
+
+    above_tokens: int
+    price: Price
+
+
+class ModelFacts(msgspec.Struct, frozen=True):
+    """What is known of a model: its tiers, the highest first, and its context in tokens."""
+
+    tiers: tuple[Tier, ...] = ()
+    source: str = UNPRICED.source
+    context_tokens: int | None = None
+
+    def cost(self, usage: Usage) -> Cost:
+        for tier in self.tiers:
+            if usage.input_tokens > tier.above_tokens or tier.above_tokens == 0:
+                return Cost(usd=cost_usd(tier.price, usage), source=self.source)
+        return UNPRICED
+
+
+class PriceTable:
+    """The price book. `overrides` and `contexts` go by the caller's name of a model."""
+
+    def __init__(
+        self,
+        overrides: Mapping[str, Price] | None = None,
+        contexts: Mapping[str, int] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._overrides = dict(overrides or {})
+        self._contexts = dict(contexts or {})
+        self._clock = clock
+        self._held: dict[tuple[str, str], tuple[float, ModelFacts]] = {}
+
+    def cost(self, model: str, provider: str, response_model: str, usage: Usage) -> Cost:
+        """By the override of the caller's name; else by the answering model's price, then the asked one's."""
+        override = self._overrides.get(model)
+        if override is not None:
+            return Cost(usd=cost_usd(override, usage), source=OVERRIDE)
+        if response_model and response_model != model:
+            cost = self._facts(response_model, provider).cost(usage)
+            if cost.usd is not None:
+                return cost
+        return self._facts(model, provider).cost(usage)
+
+    def context_tokens(self, model: str, provider: str) -> int | None:
+        known = self._contexts.get(model)
+        return known if known is not None else self._facts(model, provider).context_tokens
+
+    def _facts(self, model: str, provider: str) -> ModelFacts:
+        now = self._clock()
+        held = self._held.get((model, provider))
+        if held is not None and now - held[0] < HOLD_SECONDS:
+            return held[1]
+        if len(self._held) >= HOLD_MODELS:
+            self._held.clear()
+        facts = look_up(model, provider)
+        self._held[(model, provider)] = (now, facts)
+        return facts
+
+
+def look_up(model: str, provider: str) -> ModelFacts:
+    """A model in the table of genai-prices, which lies inside that package: nothing is fetched."""
+    if not model:
+        return ModelFacts()
+    if provider == "simulator":
+        # Said out loud in `source`: it is no model, and its tokens cost nothing.
+        return ModelFacts(tiers=(Tier(0, Price(0.0, 0.0)),), source="simulator", context_tokens=128_000)
+    try:
+        _, found = get_snapshot().find_provider_model(model, None, provider or None, None)
+    except LookupError:
+        return ModelFacts()
+    return ModelFacts(tiers=_tiers(found), source=TABLE, context_tokens=found.context_window)
+
+
+def cost_usd(price: Price, usage: Usage) -> float:
+    """Cached and cache-written tokens are parts of the input tokens: each token is paid once."""
+    cached = usage.cached_input_tokens if price.cached_input is not None else 0
+    written = usage.cache_write_tokens if price.cache_write is not None else 0
+    plain = max(usage.input_tokens - cached - written, 0)
+    total = plain * price.input + usage.output_tokens * price.output
+    if cached and price.cached_input is not None:
+        total += cached * price.cached_input
+    if written and price.cache_write is not None:
+        total += written * price.cache_write
+    return total / _MILLION
+
+
+def _tiers(model: ModelInfo) -> tuple[Tier, ...]:
+    price = model.get_prices(datetime.now(tz=UTC))
+    starts = {0}
+    for name in ("input_mtok", "output_mtok", "cache_read_mtok", "cache_write_mtok"):
+        value = getattr(price, name, None)
+        if isinstance(value, TieredPrices):
+            starts.update(tier.start for tier in value.tiers)
+    tiers = (Tier(start, found) for start in starts if (found := _price_above(price, start)))
+    return tuple(sorted(tiers, key=lambda tier: -tier.above_tokens))
+
+
+def _price_above(price: ModelPrice, start: int) -> Price | None:
+    def at(name: str) -> float | None:
+        value = getattr(price, name, None)
+        if isinstance(value, TieredPrices):
+            reached = [tier for tier in value.tiers if tier.start <= start]
+            value = max(reached, key=lambda tier: tier.start).price if reached else value.base
+        return None if value is None else float(value)
+
+    given, made = at("input_mtok"), at("output_mtok")
+    if given is None and made is None:
+        return None  # priced by the request or the second: not by tokens
+    return Price(given or 0.0, made or 0.0, at("cache_read_mtok"), at("cache_write_mtok"))

@@ -1,0 +1,200 @@
+"""Running the application: the main server, and the admin server on a thread of its own.
+
+The admin thread has its own event loop, so probes and metrics are answered while the main loop is
+busy. On SIGTERM readiness turns false at once; new connections are still served for DRAIN_DELAY
+seconds, and what runs gets DRAIN_TIMEOUT seconds to end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import structlog
+import uvicorn
+from prometheus_client import CollectorRegistry
+from starlette.types import ASGIApp
+
+from service import __version__
+from service.api.admin import AdminApp, Probe
+from service.app import create_app
+from service.config import SIMULATOR, Configuration, UpstreamKind
+from service.errors import ConfigurationError
+from service.lifecycle import Lifecycle
+from service.telemetry import exposition
+
+KEEP_ALIVE_SECONDS = 75
+"""Longer than the idle time of the usual load balancers, so that it is they who close."""
+
+log = structlog.get_logger("weir")
+
+
+class WeirServer(uvicorn.Server):
+    """uvicorn's server with a drain: readiness first, then the listeners, then what runs."""
+
+    def __init__(self, config: uvicorn.Config, lifecycle: Lifecycle, drain_delay_seconds: float) -> None:
+        super().__init__(config)
+        self._lifecycle = lifecycle
+        self._drain_delay = drain_delay_seconds
+        self._exit_at: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # uvicorn would raise the signal again at the end; a drained server ends with 0.
+        if self._lifecycle.draining and sig == signal.SIGINT:
+            self.force_exit = True
+        if self._exit_at is None:
+            self._exit_at = time.monotonic() + self._drain_delay
+        self._lifecycle.draining = True
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._exit_at is not None and time.monotonic() >= self._exit_at:
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+
+class AdminServer:
+    """The admin application on a thread; `start` returns when it answers."""
+
+    def __init__(self, app: AdminApp, listener: socket.socket) -> None:
+        self._listener = listener
+        self._server = uvicorn.Server(
+            uvicorn.Config(
+                app,
+                loop="asyncio",
+                http="h11",
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=1,
+            )
+        )
+        self._started = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="admin", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+        self._started.wait()
+
+    def stop(self) -> None:
+        self._server.should_exit = True
+        self._thread.join()
+
+    def _run(self) -> None:
+        asyncio.run(self._serve())
+
+    async def _serve(self) -> None:
+        serving = asyncio.ensure_future(self._server.serve(sockets=[self._listener]))
+        asyncio.get_running_loop().call_soon(self._started.set)
+        await serving
+
+
+def serve(configuration: Configuration, say: Callable[[str], None] | None = None) -> None:
+    """Serve in this process until SIGTERM or SIGINT. Raises ConfigurationError for a taken port."""
+    settings = configuration.settings
+    admin_listener = listen("ADMIN_PORT", configuration.admin_host, settings.admin_port)
+    listener = listen("PORT", configuration.host, settings.port)
+    registry = CollectorRegistry()
+    lifecycle = Lifecycle(settings.liveness_timeout)
+    admin = AdminServer(AdminApp(lifecycle, exposition(registry)), admin_listener)
+    admin.start()
+    try:
+        app = create_app(configuration, registry=registry, lifecycle=lifecycle)
+        announce(configuration, address(listener), address(admin_listener))
+        if say is not None:
+            say(welcome(configuration, address(listener), address(admin_listener)))
+        config = server_config(app, configuration)
+        WeirServer(config, lifecycle, settings.drain_delay).run(sockets=[listener])
+    finally:
+        admin.stop()
+    log.info("stopped")
+
+
+def server_config(app: ASGIApp, configuration: Configuration) -> uvicorn.Config:
+    return uvicorn.Config(app, **server_options(configuration))
+
+
+def server_options(configuration: Configuration) -> dict[str, Any]:
+    """uvicorn's options, the same with and without gunicorn."""
+    return {
+        "loop": "uvloop",
+        "http": "httptools",
+        "ws": "none",
+        "log_config": None,
+        "access_log": False,
+        "server_header": False,
+        "timeout_keep_alive": KEEP_ALIVE_SECONDS,
+        "timeout_graceful_shutdown": round(configuration.settings.drain_timeout),
+    }
+
+
+def listen(setting: str, host: str, port: int) -> socket.socket:
+    """A listening socket. Raises ConfigurationError, which names the setting."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        raise ConfigurationError(
+            f"{setting}={port}: cannot listen on {host}: {error.strerror}; choose another {setting}"
+        ) from None
+    listener.setblocking(False)
+    return listener
+
+
+def address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def announce(configuration: Configuration, api: str, admin: str) -> None:
+    """What this process is, for the log; keys and addresses of upstreams stay out of it."""
+    log.info(
+        "starting",
+        version=__version__,
+        api=api,
+        admin=admin,
+        upstreams={u.name: u.kind.value for u in configuration.upstreams},
+        keys=len(configuration.keys),
+        open_to_all=configuration.open_to_all,
+    )
+    if any(u.kind is UpstreamKind.SIMULATOR for u in configuration.upstreams):
+        log.warning("simulator", note="answers come from a simulator, not from a model")
+    if configuration.settings.redis_url is not None:
+        log.warning("redis_unused", note="REDIS_URL is set; this version keeps everything in memory")
+
+
+def welcome(configuration: Configuration, api: str, admin: str) -> str:
+    """What to try next, for a person at a terminal."""
+    model = configuration.default_model
+    note = "a simulator, not a model: no key needed" if model == SIMULATOR else "the configured upstream"
+    key = "" if configuration.open_to_all else " \\\n    -H 'Authorization: Bearer YOUR_KEY'"
+    return f"""
+  Weir {__version__} answers at {api} ({note})
+
+  Say something:
+    curl {api}/v1/chat/completions{key} \\
+    -H 'Content-Type: application/json' \\
+    -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
+
+  Stream it:      add "stream": true, and -N to curl
+  OpenAI's SDK:   OpenAI(base_url="{api}/v1", api_key="any")
+  Documentation:  {api}/docs
+  Health:         {api}/health
+  Metrics:        {admin}/metrics
+
+  Stop with Ctrl-C.
+"""
+
+
+__all__ = ["AdminServer", "Probe", "WeirServer", "listen", "serve", "server_config", "server_options"]

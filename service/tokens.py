@@ -1,0 +1,76 @@
+"""Token counts where no provider counts: estimates from text, by the letters' kind.
+
+A tokenizer's vocabulary would have to be downloaded and differs from model to model. The estimate
+is made for limits before the call, for trimming a conversation, and for accounting where the
+provider's own count never came; what rests on it says so (`UsageSource.ESTIMATED`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
+
+from service.domain import Message
+
+ASCII_LETTERS_PER_TOKEN: Final = 4
+MESSAGE_TOKENS: Final = 4
+"""What a message costs besides its text: its role and its marks."""
+IMAGE_TOKENS: Final = 765
+"""A picture of 1024 x 1024 at high detail, by OpenAI's published rule."""
+
+
+def estimate_text(text: str) -> int:
+    """Tokens of `text`: a quarter for a Latin letter, one for a letter of most other scripts."""
+    letters = len(text)
+    if text.isascii():
+        return -(-letters // ASCII_LETTERS_PER_TOKEN)
+    ascii_letters = sum(1 for letter in text if letter < "\u0250")
+    return -(-ascii_letters // ASCII_LETTERS_PER_TOKEN) + letters - ascii_letters
+
+
+def estimate_message(message: Message) -> int:
+    return MESSAGE_TOKENS + estimate_text(message.content)
+
+
+def estimate_request(parameters: dict[str, Any]) -> int:
+    """Input tokens of a decoded request body, whichever of the four operations it is for."""
+    return sum(
+        _estimate_value(parameters[name])
+        for name in ("messages", "prompt", "input", "instructions", "tools", "functions")
+        if name in parameters
+    )
+
+
+def trim(messages: Sequence[Message], room_tokens: int) -> tuple[Message, ...]:
+    """The latest messages that fit into `room_tokens`, in their order.
+
+    The first one kept is never an assistant's: an answer without its question misleads a model.
+    """
+    kept: list[Message] = []
+    for message in reversed(messages):
+        room_tokens -= estimate_message(message)
+        if room_tokens < 0:
+            break
+        kept.append(message)
+    while kept and kept[-1].role == "assistant":
+        kept.pop()
+    return tuple(reversed(kept))
+
+
+def _estimate_value(value: Any) -> int:
+    if isinstance(value, str):
+        return estimate_text(value)
+    if isinstance(value, list):
+        if value and all(isinstance(item, int) for item in value):
+            return len(value)  # a prompt given as token ids
+        return sum(_estimate_value(item) for item in value)
+    if isinstance(value, dict):
+        if value.get("type") in ("image_url", "input_image"):
+            return IMAGE_TOKENS
+        own = MESSAGE_TOKENS if "role" in value else 0
+        return own + _estimate_values(v for k, v in value.items() if k not in ("role", "type"))
+    return 0
+
+
+def _estimate_values(values: Iterable[Any]) -> int:
+    return sum(_estimate_value(value) for value in values)

@@ -1,0 +1,113 @@
+"""An upstream's error answer, or a failed attempt to get one, as one of our errors: for all adapters."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import msgspec
+
+from service.errors import (
+    StreamTruncated,
+    UpstreamError,
+    UpstreamMisconfigured,
+    UpstreamProtocolError,
+    UpstreamRateLimited,
+    UpstreamRejected,
+    UpstreamTimeout,
+    UpstreamUnavailable,
+)
+
+MAX_ERROR_BYTES: Final = 64 * 1024
+MAX_MESSAGE_LETTERS: Final = 2_000
+MAX_RETRY_AFTER_SECONDS: Final = 3_600.0
+
+
+def rejection(
+    status: int, body: bytes, *, retry_after: str | None, request_id: str | None, secret: str | None
+) -> UpstreamError:
+    """The error for an HTTP answer of `status` 400 and above. `secret` never shows in its message."""
+    seconds = _seconds(retry_after)
+    if status in (401, 403):
+        return UpstreamMisconfigured(
+            f"The model's provider refused this service's credentials ({status}).",
+            upstream_request_id=request_id,
+        )
+    if status == 429:
+        return UpstreamRateLimited(
+            "The model's provider limits the rate of requests.",
+            retry_after_seconds=seconds,
+            upstream_request_id=request_id,
+        )
+    if status == 504:
+        return UpstreamTimeout(
+            "The upstream reported a timeout (504).", upstream_request_id=request_id
+        )
+    if status == 503:
+        return UpstreamUnavailable(
+            "The upstream is unavailable (503).",
+            retry_after_seconds=seconds,
+            upstream_request_id=request_id,
+        )
+    if status >= 500:
+        return UpstreamError(f"The upstream failed ({status}).", upstream_request_id=request_id)
+    return UpstreamRejected(
+        status,
+        _detail(body, secret),
+        retry_after_seconds=seconds,
+        upstream_request_id=request_id,
+    )
+
+
+def check_content_type(content_type: str, *, stream: bool, status: int) -> None:
+    """Raises UpstreamProtocolError for an answer of a form that was not asked for."""
+    wanted = "text/event-stream" if stream else "application/json"
+    if not content_type.lower().startswith(wanted):
+        raise UpstreamProtocolError(
+            f"The upstream answered {status} with {content_type or 'no content type'}; "
+            f"{wanted} was asked for."
+        )
+
+
+def unreachable(reason: str) -> UpstreamUnavailable:
+    """`reason` is a word of ours, such as `refused`: drivers' texts name addresses."""
+    return UpstreamUnavailable(f"The upstream cannot be reached ({reason}).")
+
+
+def connect_timeout() -> UpstreamTimeout:
+    return UpstreamTimeout("The upstream did not accept a connection in time.")
+
+
+def broken_answer() -> UpstreamProtocolError:
+    return UpstreamProtocolError("The connection to the upstream broke before the answer was whole.")
+
+
+def broken_stream() -> StreamTruncated:
+    return StreamTruncated("The connection to the upstream broke in the middle of the stream.")
+
+
+def _detail(body: bytes, secret: str | None) -> dict[str, Any]:
+    """The `error` object of an OpenAI-like error body; {} when there is none."""
+    try:
+        decoded = msgspec.json.decode(body)
+    except msgspec.DecodeError:
+        return {}
+    detail = decoded.get("error", decoded.get("detail")) if isinstance(decoded, dict) else None
+    if isinstance(detail, str):
+        detail = {"message": detail}
+    if not isinstance(detail, dict):
+        return {}
+    message = detail.get("message")
+    if isinstance(message, str):
+        if secret:
+            message = message.replace(secret, "(hidden)")
+        detail = {**detail, "message": message[:MAX_MESSAGE_LETTERS]}
+    return detail
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    """Retry-After in seconds; its date form is rare and taken as not given."""
+    try:
+        seconds = float(retry_after) if retry_after else None
+    except ValueError:
+        return None
+    return min(seconds, MAX_RETRY_AFTER_SECONDS) if seconds is not None and seconds >= 0 else None
