@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 
 import msgspec
 import structlog
@@ -186,7 +185,11 @@ def _add_routes(app: FastAPI, weir: Weir) -> None:
     )
     keepalive = settings.stream_keepalive
     plain = [
-        Route(f"/v1/{operation.value}", openai.ModelEndpoint(service, operation, keepalive_seconds=keepalive), methods=["POST"])
+        Route(
+            f"/v1/{operation.value}",
+            openai.ModelEndpoint(service, operation, keepalive_seconds=keepalive),
+            methods=["POST"],
+        )
         for operation in Operation
     ]
     plain.append(Route("/v1/models", openai.ModelList(service.catalogue), methods=["GET"]))
@@ -209,8 +212,8 @@ def _add_routes(app: FastAPI, weir: Weir) -> None:
 def _add_middleware(app: FastAPI, weir: Weir) -> None:
     """The last one added is the outermost."""
     settings = weir.configuration.settings
-    app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_exception_handler(HTTPException, _not_served)
+    app.exception_handler(RequestValidationError)(_invalid)
+    app.exception_handler(HTTPException)(_not_served)
     app.add_middleware(
         BodyMiddleware, max_bytes=settings.max_body_bytes, timeout_seconds=settings.body_timeout
     )
@@ -227,9 +230,9 @@ def _add_middleware(app: FastAPI, weir: Weir) -> None:
     app.add_middleware(RequestContextMiddleware, metrics=weir.metrics)
 
 
-def _lifespan(weir: Weir) -> Any:
+def _lifespan(weir: Weir) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             stack.callback(weir.tracing.close)
             for upstream in weir.adapters.upstreams.values():
@@ -270,9 +273,8 @@ def _parts(weir: Weir) -> dict[str, schemas.Part]:
     return parts
 
 
-async def _invalid(request: Request, error: Exception) -> Response:
+async def _invalid(request: Request, error: RequestValidationError) -> Response:
     """FastAPI's validation errors in the envelope: the first one, and how many there are."""
-    assert isinstance(error, RequestValidationError)
     details = error.errors()
     first = details[0]
     if first["type"] == "json_invalid":
@@ -283,9 +285,8 @@ async def _invalid(request: Request, error: Exception) -> Response:
     raise ValidationFailed(f"{where or 'body'}: {message}{more}.", param=where) from None
 
 
-async def _not_served(request: Request, error: Exception) -> Response:
+async def _not_served(request: Request, error: HTTPException) -> Response:
     """Starlette's own errors in the envelope."""
-    assert isinstance(error, HTTPException)
     if error.status_code == 404:
         raise NotFound(f"There is nothing at {request.method} {request.url.path}.") from None
     if error.status_code == 405:

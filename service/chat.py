@@ -397,4 +397,3 @@ def _path_in(message: str) -> str | None:
     """msgspec ends its message with the place: ... - at `$.stream`."""
     _, found, path = message.rpartition("`$.")
     return path.rstrip("`") if found else None
-

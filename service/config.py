@@ -131,7 +131,7 @@ class FileConfig(_File):
         ):
             twice = {n for n in given if given.count(n) > 1}
             if twice:
-                raise ValueError(f"the {what} {sorted(twice)[0]!r} is there twice")
+                raise ValueError(f"the {what} {min(twice)!r} is there twice")
         for model in self.models:
             if self.upstreams and model.upstream not in upstreams:
                 raise ValueError(
@@ -159,9 +159,7 @@ class Settings(BaseSettings):
         default=None, description="Address to listen on. Without API keys only loopback is allowed."
     )
     port: int = Field(default=8000, ge=0, le=65535, description="Port of the API; 0 takes a free one.")
-    admin_host: str | None = Field(
-        default=None, description="Address of the admin port; as HOST if not set."
-    )
+    admin_host: str | None = Field(default=None, description="Address of the admin port; as HOST if not set.")
     admin_port: int = Field(
         default=9000, ge=0, le=65535, description="Port of probes and metrics; 0 takes a free one."
     )
@@ -169,19 +167,27 @@ class Settings(BaseSettings):
         default=1, ge=1, le=64, description="Processes. Above 1 gunicorn runs them; in a pod leave 1."
     )
     max_requests_per_worker: int = Field(
-        default=0, ge=0, description="A worker is replaced after so many requests, with 10 % jitter; 0: never. Needs WORKER_COUNT above 1."
+        default=0,
+        ge=0,
+        description="Above 1 worker: each is replaced after so many requests (10 % jitter); 0: never.",
     )
     drain_timeout: float = Field(
-        default=120.0, ge=0, le=3600, description="Seconds that running requests and streams get after SIGTERM."
+        default=120.0,
+        ge=0,
+        le=3600,
+        description="Seconds that running requests and streams get after SIGTERM.",
     )
     drain_delay: float = Field(
         default=0.0,
         ge=0,
         le=300,
-        description="Seconds after SIGTERM during which new connections are still served, with readiness off.",
+        description="Seconds after SIGTERM in which new connections are still served, with readiness off.",
     )
     liveness_timeout: float = Field(
-        default=30.0, gt=0, le=3600, description="Seconds without a heartbeat of the main loop until /livez fails."
+        default=30.0,
+        gt=0,
+        le=3600,
+        description="Seconds without a heartbeat of the main loop until /livez fails.",
     )
 
     # The upstream that needs no YAML
@@ -199,13 +205,22 @@ class Settings(BaseSettings):
         default=None, ge=1, description="max_tokens of /api/v1 calls that name none; unset: the model's own."
     )
     openai_temperature: float | None = Field(
-        default=None, ge=0, le=2, description="Temperature of /api/v1 calls that name none; unset: the model's own."
+        default=None,
+        ge=0,
+        le=2,
+        description="Temperature of /api/v1 calls that name none; unset: the model's own.",
     )
     openai_timeout: float = Field(
-        default=600.0, gt=0, le=86400, description="Seconds to wait for a whole answer, or a stream's first event."
+        default=600.0,
+        gt=0,
+        le=86400,
+        description="Seconds to wait for a whole answer, or a stream's first event.",
     )
     openai_max_retries: int = Field(
-        default=2, ge=0, le=10, description="Further attempts after a failure, before anything reached the caller."
+        default=2,
+        ge=0,
+        le=10,
+        description="Further attempts after a failure, before anything reached the caller.",
     )
     upstream_connect_timeout: float = Field(
         default=5.0, gt=0, le=120, description="Seconds to connect to an upstream."
@@ -214,10 +229,16 @@ class Settings(BaseSettings):
         default=0, ge=0, description="Connections to one upstream at a time; 0: as many as requests."
     )
     stream_idle_timeout: float = Field(
-        default=120.0, gt=0, le=86400, description="Seconds without an event until a stream counts as stalled."
+        default=120.0,
+        gt=0,
+        le=86400,
+        description="Seconds without an event until a stream counts as stalled.",
     )
     stream_keepalive: float = Field(
-        default=15.0, gt=0, le=3600, description="Seconds of silence after which a stream gets a comment line."
+        default=15.0,
+        gt=0,
+        le=3600,
+        description="Seconds of silence after which a stream gets a comment line.",
     )
     simulator_tokens_per_second: float = Field(
         default=50.0, gt=0, le=100_000, description="Speed of the simulator's streams."
@@ -242,7 +263,10 @@ class Settings(BaseSettings):
         default=32 * 1024 * 1024, ge=1024, description="Largest request body in bytes; above it 413."
     )
     body_timeout: float = Field(
-        default=60.0, gt=0, le=3600, description="Seconds in which a request body must have arrived; then 408."
+        default=60.0,
+        gt=0,
+        le=3600,
+        description="Seconds in which a request body must have arrived; then 408.",
     )
     rate_limit_requests: int | None = Field(
         default=None, ge=1, description="Requests that each principal may make per window; unset: no limit."

@@ -13,8 +13,34 @@ from typing import Self
 from service.errors import WeirError
 
 
+class Interrupt:
+    """Ends what the current task waits for with an error of ours, as `asyncio.timeout` does with its own.
+
+    `fire` cancels the task; `translate`, called where the waiting block is left, turns that
+    cancellation into the error and leaves everybody else's cancellations alone.
+    """
+
+    def __init__(self) -> None:
+        self._task = asyncio.current_task()
+        self._cancelling = self._task.cancelling() if self._task else 0
+        self.error: WeirError | None = None
+
+    def fire(self, error: WeirError) -> None:
+        if self._task is not None and self.error is None:
+            self.error = error
+            self._task.cancel()
+
+    def translate(self, kind: type[BaseException] | None) -> None:
+        """Raises the error, if it was fired and `kind` is the cancellation that it caused."""
+        if self._task is None or self.error is None:
+            return
+        ours = self._task.uncancel() <= self._cancelling
+        if ours and kind is asyncio.CancelledError:
+            raise self.error from None
+
+
 class IdleTimeout:
-    """Raises `error` in the task that entered it when one `wait` lasts longer than `seconds`.
+    """Raises `error` in the task that entered it when one wait lasts longer than `seconds`.
 
     Only the time between `waiting()` and `arrived()` counts: while a slow reader holds back the
     stream nobody waits for the upstream.
@@ -24,12 +50,10 @@ class IdleTimeout:
         self._seconds = seconds
         self._error = error
         self._since: float | None = None
-        self._expired = False
 
     def __enter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
-        self._task = asyncio.current_task()
-        self._cancelling = self._task.cancelling() if self._task else 0
+        self._interrupt = Interrupt()
         self._timer = self._loop.call_later(self._seconds, self._look)
         return self
 
@@ -43,9 +67,7 @@ class IdleTimeout:
         self, kind: type[BaseException] | None, raised: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._timer.cancel()
-        if self._expired and self._task is not None and self._task.uncancel() <= self._cancelling:
-            if kind is asyncio.CancelledError:
-                raise self._error from None
+        self._interrupt.translate(kind)
 
     def _look(self) -> None:
         now = self._loop.time()
@@ -53,6 +75,5 @@ class IdleTimeout:
         left = since + self._seconds - now
         if left > 0:
             self._timer = self._loop.call_later(left, self._look)
-        elif self._task is not None:
-            self._expired = True
-            self._task.cancel()
+        else:
+            self._interrupt.fire(self._error)

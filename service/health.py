@@ -24,9 +24,7 @@ class UpstreamState(msgspec.Struct):
 class UpstreamHealth:
     """Notes the end of each attempt. Names only: no address and no key gets here."""
 
-    def __init__(
-        self, upstreams: Iterable[tuple[str, str]], clock: Callable[[], float] = time.time
-    ) -> None:
+    def __init__(self, upstreams: Iterable[tuple[str, str]], clock: Callable[[], float] = time.time) -> None:
         self.states = {name: UpstreamState(kind) for name, kind in upstreams}
         self._clock = clock
 

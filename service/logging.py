@@ -42,7 +42,7 @@ def configure(level: str, form: Literal["auto", "json", "console"]) -> None:
         logger_factory=structlog.PrintLoggerFactory(sys.stdout)
         if console
         else structlog.BytesLoggerFactory(sys.stdout.buffer),
-        cache_logger_on_first_use=False,
+        cache_logger_on_first_use=True,
     )
     _bridge(number, shared, render)
 
@@ -91,7 +91,8 @@ def _add_request_id(logger: WrappedLogger, name: str, event: EventDict) -> Event
 
 def _render_json(logger: WrappedLogger, name: str, event: EventDict) -> bytes:
     """One line of JSON; time, level and event come first, for people who read it raw."""
-    ordered = {k: event.pop(k, None) for k in ("timestamp", "level", "event")} | event
+    first = {k: event.pop(k, None) for k in ("timestamp", "level", "event")}
+    ordered = {**first, **event}
     try:
         return msgspec.json.encode(ordered)
     except TypeError:

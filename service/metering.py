@@ -166,32 +166,28 @@ class StreamMeter:
         self.events = 0
         """Good events so far, comments not counted."""
 
+    @property
+    def over(self) -> bool:
+        """Nothing that comes now matters: the stream ended, well or not."""
+        return self.done or self.error is not None
+
     def feed(self, data: bytes) -> bytes:
         """Take `data`; return what of the stream can go to the caller now, maybe nothing."""
-        if self.done or self.error is not None:
+        if self.over:
             return b""
         block = self._whole_events(data)
         if not block:
             return b""
-        if b"\r" in block:
-            events = _BLANK_LINE.split(block)
-        else:
-            events = block.split(b"\n\n")
+        events = _BLANK_LINE.split(block) if b"\r" in block else block.split(b"\n\n")
         events.pop()  # after the last blank line there is nothing
         passed: list[bytes] = []
-        unchanged = True
         for event in events:
             kept = self._read(event)
-            if kept is event:
-                passed.append(event)
-            else:
-                unchanged = False
-                if kept is not None:
-                    passed.append(kept)
-            if self.error is not None or self.done:
-                unchanged = unchanged and event is events[-1]
+            if kept is not None:
+                passed.append(kept)
+            if self.over:
                 break
-        if unchanged:
+        if passed == events:  # nearly always, and quick: the very same objects
             return block
         return b"".join(event + b"\n\n" for event in passed)
 

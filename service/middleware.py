@@ -18,7 +18,7 @@ import msgspec
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.context import SCOPE_KEY, Dialect, RequestContext, context_of
+from service.api.context import SCOPE_KEY, RequestContext, context_of
 from service.api.openai import send_json
 from service.api.sse import error_event
 from service.domain import Outcome, RequestRecord
@@ -53,8 +53,10 @@ _SECURITY: Final = (
 _CLOSED_CSP: Final = (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'")
 _PAGE_CSP: Final = (
     b"content-security-policy",
-    b"default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
-    b"img-src 'self' data:; worker-src blob:; frame-ancestors 'none'",
+    (
+        b"default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
+        b"img-src 'self' data:; worker-src blob:; frame-ancestors 'none'"
+    ),
 )
 _NO_STORE: Final = (b"cache-control", b"no-store")
 _GONE_STATUS: Final = CallerGone.status
@@ -259,7 +261,9 @@ def _headers(context: RequestContext, message: Message) -> list[tuple[bytes, byt
     record = context.record
     if record is not None:
         if record.upstream_request_id and message["status"] < 400:
-            headers.append((b"x-upstream-request-id", record.upstream_request_id.encode("latin-1", "replace")))
+            headers.append(
+                (b"x-upstream-request-id", record.upstream_request_id.encode("latin-1", "replace"))
+            )
         if record.trace_id:
             headers.append((b"x-trace-id", record.trace_id.encode()))
     if context.path.startswith(PROTECTED):
@@ -316,13 +320,3 @@ def _model_fields(record: RequestRecord) -> dict[str, Any]:
 
 def _milliseconds(seconds: float | None) -> float | None:
     return round(seconds * 1000, 3) if seconds is not None else None
-
-
-__all__ = [
-    "BodyMiddleware",
-    "Dialect",
-    "ErrorMiddleware",
-    "GateMiddleware",
-    "RequestContextMiddleware",
-    "answer_error",
-]

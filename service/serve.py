@@ -22,7 +22,7 @@ from prometheus_client import CollectorRegistry
 from starlette.types import ASGIApp
 
 from service import __version__
-from service.api.admin import AdminApp, Probe
+from service.api.admin import AdminApp
 from service.app import create_app
 from service.config import SIMULATOR, Configuration, UpstreamKind
 from service.errors import ConfigurationError
@@ -195,6 +195,3 @@ def welcome(configuration: Configuration, api: str, admin: str) -> str:
 
   Stop with Ctrl-C.
 """
-
-
-__all__ = ["AdminServer", "Probe", "WeirServer", "listen", "serve", "server_config", "server_options"]

@@ -127,9 +127,7 @@ class Metrics:
         self._unpriced = counter(
             "weir_unpriced_requests_total", "Requests with tokens whose price nobody knows.", *_GENAI
         )
-        self._overflow = counter(
-            "weir_label_overflow_total", "Label values that became _other.", "label"
-        )
+        self._overflow = counter("weir_label_overflow_total", "Label values that became _other.", "label")
         self._calls = counter("openai_api_calls_total", "Calls by model and status.", "model", "status")
         self._tokens_used = counter("openai_tokens_used_total", "Tokens by model.", "model")
         self._inflight = Gauge(
@@ -144,9 +142,7 @@ class Metrics:
             registry=registry,
             multiprocess_mode="livemax",
         )
-        build = Gauge(
-            "weir_build_info", "1.", ["version"], registry=registry, multiprocess_mode="max"
-        )
+        build = Gauge("weir_build_info", "1.", ["version"], registry=registry, multiprocess_mode="max")
         build.labels(version).set(1)
         self._http = instrumentator.default(registry=registry)
         ProcessCollector(registry=registry)

@@ -10,6 +10,7 @@ from typing import Final, Self
 
 from starlette.types import Receive
 
+from service.deadlines import Interrupt
 from service.errors import CallerGone
 
 PATIENCE_SECONDS: Final = 0.05
@@ -25,23 +26,11 @@ class CallerWatch:
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
         self._watch: asyncio.Task[None] | None = None
-        self.gone = False
-
-    @contextmanager
-    def of_child(self) -> Iterator[None]:
-        """For tasks that the watched task waits for: their cancellation, too, is the caller's leaving."""
-        try:
-            yield
-        except asyncio.CancelledError:
-            if self.gone:
-                raise _gone() from None
-            raise
 
     async def __aenter__(self) -> Self:
-        loop = asyncio.get_running_loop()
-        self._task = asyncio.current_task()
-        self._cancelling = self._task.cancelling() if self._task else 0
-        self._timer = loop.call_later(PATIENCE_SECONDS, self._begin)
+        self._loop = asyncio.get_running_loop()
+        self._interrupt = Interrupt()
+        self._timer = self._loop.call_later(PATIENCE_SECONDS, self._begin)
         return self
 
     async def __aexit__(
@@ -50,20 +39,22 @@ class CallerWatch:
         self._timer.cancel()
         if self._watch is not None:
             self._watch.cancel()
-        if self.gone and self._task is not None and self._task.uncancel() <= self._cancelling:
-            if kind is asyncio.CancelledError:
-                raise _gone() from None
+        self._interrupt.translate(kind)
+
+    @contextmanager
+    def of_child(self) -> Iterator[None]:
+        """For tasks that the watched task waits for: their cancellation, too, is the caller's leaving."""
+        try:
+            yield
+        except asyncio.CancelledError:
+            if self._interrupt.error is not None:
+                raise self._interrupt.error from None
+            raise
 
     def _begin(self) -> None:
-        self._watch = asyncio.get_running_loop().create_task(self._wait())
+        self._watch = self._loop.create_task(self._wait())
 
     async def _wait(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
-        if self._task is not None:
-            self.gone = True
-            self._task.cancel()
-
-
-def _gone() -> CallerGone:
-    return CallerGone("The caller closed the connection.")
+        self._interrupt.fire(CallerGone("The caller closed the connection."))

@@ -92,7 +92,9 @@ def _model_operation(operation: Operation) -> dict[str, Any]:
             "required": True,
             "content": {"application/json": {"schema": body, "example": _EXAMPLES[operation]}},
         },
-        "responses": {"200": {"description": "The model's answer, as the upstream sent it", "content": content}},
+        "responses": {
+            "200": {"description": "The model's answer, as the upstream sent it", "content": content}
+        },
     }
 
 

@@ -26,7 +26,9 @@ class ChatBody(_Body):
         default=None, description="Goes on with this conversation; without it a new one begins."
     )
     system_prompt: str | None = Field(
-        default=None, max_length=1_000, description="Kept for the conversation's later turns.",
+        default=None,
+        max_length=1_000,
+        description="Kept for the conversation's later turns.",
         examples=["Answer in one sentence."],
     )
     temperature: float | None = Field(default=None, ge=0, le=2, examples=[0.2])

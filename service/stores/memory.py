@@ -11,6 +11,7 @@ import msgspec
 from service.domain import Conversation, Principal, RequestRecord, Turn
 from service.errors import RateLimited
 
+
 class MemoryConversations:
     """Conversations until `ttl_seconds` after their last turn; the longest unused go first above `most`.
 

@@ -43,9 +43,7 @@ class DirectUpstream:
         self.provider = provider
         self._api_key = api_key
         self._base_url = base_url.rstrip("/")
-        self._urls = {
-            operation: URL(f"{self._base_url}/{operation.value}") for operation in Operation
-        }
+        self._urls = {operation: URL(f"{self._base_url}/{operation.value}") for operation in Operation}
         self._headers = {
             "Content-Type": "application/json",
             "User-Agent": f"weir/{__version__}",

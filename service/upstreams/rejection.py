@@ -39,9 +39,7 @@ def rejection(
             upstream_request_id=request_id,
         )
     if status == 504:
-        return UpstreamTimeout(
-            "The upstream reported a timeout (504).", upstream_request_id=request_id
-        )
+        return UpstreamTimeout("The upstream reported a timeout (504).", upstream_request_id=request_id)
     if status == 503:
         return UpstreamUnavailable(
             "The upstream is unavailable (503).",

@@ -46,7 +46,9 @@ class Answer(msgspec.Struct):
     @property
     def id(self) -> str:
         digest = hashlib.sha256(f"{self.operation}{self.model}{self.text}".encode()).hexdigest()[:24]
-        return {Operation.CHAT: "chatcmpl-", Operation.RESPONSES: "resp_"}.get(self.operation, "cmpl-") + digest
+        return {Operation.CHAT: "chatcmpl-", Operation.RESPONSES: "resp_"}.get(
+            self.operation, "cmpl-"
+        ) + digest
 
 
 class Event(msgspec.Struct):

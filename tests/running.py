@@ -1,0 +1,235 @@
+"""A whole Weir on a real socket, in a thread of the test's process; and one in a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import openai
+import uvloop
+from prometheus_client import CollectorRegistry
+
+from service.app import Adapters, Weir, create_app
+from service.config import Configuration, FileConfig, KeyConfig, Settings
+from service.domain import RequestRecord
+from service.lifecycle import Lifecycle
+from service.serve import WeirServer, listen, server_config
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def settings(**values: Any) -> Settings:
+    """Settings from `values` alone: neither the environment nor `.env` gets in."""
+    return Settings(_env_file=None, **values)
+
+
+def configuration(
+    *, file: FileConfig | None = None, keys: tuple[KeyConfig, ...] = (), **values: Any
+) -> Configuration:
+    return Configuration(settings=settings(**values), file=file or FileConfig(), keys=keys)
+
+
+class RunningWeir:
+    """`with RunningWeir(configuration(...)) as weir:` serves until the end of the block.
+
+    `weir.url` is the address; `weir.parts` are the application's parts, to look at from the test.
+    """
+
+    def __init__(self, config: Configuration, adapters: Adapters | None = None) -> None:
+        self.registry = CollectorRegistry()
+        self.lifecycle = Lifecycle()
+        self.app = create_app(config, adapters, registry=self.registry, lifecycle=self.lifecycle)
+        self.parts: Weir = self.app.state.weir
+        self._listener = listen("PORT", "127.0.0.1", 0)
+        self.port: int = self._listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._server = WeirServer(server_config(self.app, config), self.lifecycle, 0.0)
+        self._entered = LedgerWatch(self.parts)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._started = threading.Event()
+        self.loop: asyncio.AbstractEventLoop
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        assert self._started.wait(20), "Weir did not start"
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, raised: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._server.should_exit = True
+        self._server.force_exit = True
+        self._thread.join(20)
+        assert not self._thread.is_alive(), "Weir did not stop"
+
+    def sdk(self, **options: Any) -> openai.OpenAI:
+        """The official client, without its own retries unless asked for."""
+        return openai.OpenAI(
+            **{"base_url": f"{self.url}/v1", "api_key": "any", "max_retries": 0, "timeout": 20} | options
+        )
+
+    def async_sdk(self, **options: Any) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(
+            **{"base_url": f"{self.url}/v1", "api_key": "any", "max_retries": 0, "timeout": 20} | options
+        )
+
+    def records(self, count: int = 1) -> list[RequestRecord]:
+        """The ledger, once it has at least `count` records."""
+        return self._entered.wait_for(count)
+
+    def in_loop(self, function: Callable[[], Any]) -> Any:
+        """What `function` returns in the server's event loop."""
+        return asyncio.run_coroutine_threadsafe(_call(function), self.loop).result(20)
+
+    def metric(self, name: str, **labels: str) -> float:
+        """A sample's value now; 0 if there is none."""
+        return self.registry.get_sample_value(name, labels) or 0.0
+
+    def _run(self) -> None:
+        async def main() -> None:
+            self.loop = asyncio.get_running_loop()
+            serving = asyncio.ensure_future(self._server.serve(sockets=[self._listener]))
+            while not self._server.started and not serving.done():
+                await asyncio.sleep(0.005)
+            self._started.set()
+            await serving
+
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(main())
+
+
+class LedgerWatch:
+    """Wraps the ledger of a Weir, so that a test can wait for its records."""
+
+    def __init__(self, parts: Weir) -> None:
+        self._inner = parts.service.ledger
+        self._records: list[RequestRecord] = []
+        self._changed = threading.Condition()
+        parts.service.ledger = self
+
+    async def enter(self, record: RequestRecord) -> None:
+        await self._inner.enter(record)
+        with self._changed:
+            self._records.append(record)
+            self._changed.notify_all()
+
+    def wait_for(self, count: int) -> list[RequestRecord]:
+        with self._changed:
+            assert self._changed.wait_for(lambda: len(self._records) >= count, 20), self._records
+            return list(self._records)
+
+
+async def _call(function: Callable[[], Any]) -> Any:
+    return function()
+
+
+class WeirProcess:
+    """`python -m service` in a process of its own, with an environment made of `values` alone."""
+
+    def __init__(self, *arguments: str, **values: str) -> None:
+        keep = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME") or k.startswith("COVERAGE")}
+        self.port, self.admin_port = free_port(), free_port()
+        environment = {
+            **keep,
+            "PYTHONPATH": str(ROOT),
+            "PORT": str(self.port),
+            "ADMIN_PORT": str(self.admin_port),
+            "LOG_FORMAT": "json",
+            **values,
+        }
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.admin_url = f"http://127.0.0.1:{self.admin_port}"
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "service", *arguments],
+            env=environment,
+            cwd=values.get("PWD", ROOT),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.lines: list[str] = []
+        self.error_lines: list[str] = []
+        self._changed = threading.Condition()
+        self._readers = [
+            threading.Thread(target=self._read, args=(pipe, into), daemon=True)
+            for pipe, into in ((self.process.stdout, self.lines), (self.process.stderr, self.error_lines))
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, raised: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(20)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        for reader in self._readers:
+            reader.join(10)
+        for pipe in (self.process.stdout, self.process.stderr):
+            if pipe is not None:
+                pipe.close()
+
+    def wait_for_line(self, text: str) -> str:
+        """The first line of standard output with `text` in it; waits for it."""
+        with self._changed:
+            found = self._changed.wait_for(
+                lambda: any(text in line for line in self.lines) or self.process.poll() is not None, 30
+            )
+            lines = [line for line in self.lines if text in line]
+            assert found and lines, (self.lines, self.error_lines)
+            return lines[0]
+
+    def wait_until_ready(self, workers: int = 1) -> None:
+        with self._changed:
+            assert self._changed.wait_for(
+                lambda: sum("Application startup complete" in line for line in self.lines) >= workers
+                or self.process.poll() is not None,
+                60,
+            )
+        assert self.process.poll() is None, (self.lines, self.error_lines)
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """The logged events of this name so far."""
+        parsed = [json.loads(line) for line in self.lines if line.startswith("{")]
+        return [event for event in parsed if event["event"] == name]
+
+    def terminate(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+
+    def wait(self) -> int:
+        code = self.process.wait(60)
+        for reader in self._readers:
+            reader.join(10)
+        return code
+
+    def _read(self, pipe: Any, into: list[str]) -> None:
+        for line in pipe:
+            with self._changed:
+                into.append(line.rstrip("\n"))
+                self._changed.notify_all()
+        with self._changed:
+            self._changed.notify_all()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
