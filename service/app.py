@@ -139,6 +139,8 @@ def create_app(
         lifespan=_lifespan(weir),
         static_url="/docs-assets",
         redirect_slashes=False,
+        # FastAPI's own spans, metrics and logs know nothing of models: tracing.py makes ours.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     app.state.weir = weir
     _add_routes(app, weir)

@@ -36,6 +36,7 @@ def settings(**values: Any) -> Settings:
 def configuration(
     *, file: FileConfig | None = None, keys: tuple[KeyConfig, ...] = (), **values: Any
 ) -> Configuration:
+    values = {"drain_timeout": 1.0} | values
     return Configuration(settings=settings(**values), file=file or FileConfig(), keys=keys)
 
 
@@ -68,7 +69,6 @@ class RunningWeir:
         self, kind: type[BaseException] | None, raised: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._server.should_exit = True
-        self._server.force_exit = True
         self._thread.join(20)
         assert not self._thread.is_alive(), "Weir did not stop"
 

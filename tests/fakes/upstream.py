@@ -1316,6 +1316,7 @@ class _Connection(asyncio.StreamReaderProtocol):
             self._serving.cancel()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._fake.connections += 1
         try:
             while True:
                 request = await read_request(reader, writer)
@@ -1377,6 +1378,8 @@ class FakeUpstream:
         self.record = record
         self.errors: list[BaseException] = []
         """Exceptions inside the fake itself, and requests that were no HTTP; empty if all went well."""
+        self.connections = 0
+        """Connections that were made so far."""
         self._changed = threading.Condition()
         self._calls: list[SeenCall] = []
         self._numbers = itertools.count(1)
