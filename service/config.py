@@ -512,6 +512,8 @@ def read_file(path: Path, shape: type[_Shape]) -> _Shape:
         where = f" in line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "no YAML"
         raise ConfigurationError(f"{path}: is not valid YAML{where}: {problem}") from None
+    except (ValueError, RecursionError):  # what PyYAML lets through: a date such as 2024-99-99
+        raise ConfigurationError(f"{path}: is not valid YAML: a value in it cannot be read") from None
     try:
         return shape.model_validate(content if content is not None else {})
     except ValidationError as error:
@@ -558,6 +560,7 @@ def _line(detail: ErrorDetails, shape: type[BaseModel]) -> str:
         secret = "SecretStr" in str(annotation)
         hint = f" ({shape.model_fields[field].description})"
         return f"{name.upper()}={'(hidden)' if secret else detail['input']!s}: {message}{hint}"
-    hidden = {"keys"} & {str(part) for part in detail["loc"]}
-    value = "" if hidden or isinstance(detail["input"], dict) else f" {detail['input']!r}"
+    # Not the value of an unknown field either: it may be an `api_key` that has no place here.
+    hidden = "keys" in detail["loc"] or detail["type"] == "extra_forbidden"
+    value = "" if hidden or isinstance(detail["input"], dict | list) else f" {detail['input']!r}"
     return f"{name}{value}: {message}"

@@ -18,6 +18,8 @@ from structlog.typing import EventDict, Processor, WrappedLogger
 request_id_of_task: ContextVar[str] = ContextVar("request_id_of_task", default="")
 """The request that this task serves: put into every line that is logged meanwhile."""
 
+_UNWRITABLE: Final = (TypeError, ValueError, RecursionError)
+"""What has no form in JSON: an unknown type, half a surrogate pair, a list inside itself."""
 _LEVELS: Final = logging.getLevelNamesMapping()
 _QUIET: Final = ("uvicorn.access", "httpx2", "httpcore2", "openai", "asyncio")
 
@@ -95,13 +97,13 @@ def _render_json(logger: WrappedLogger, name: str, event: EventDict) -> bytes:
     ordered = {**first, **event}
     try:
         return msgspec.json.encode(ordered)
-    except TypeError:
+    except _UNWRITABLE:
         return msgspec.json.encode({k: _plain(v) for k, v in ordered.items()})
 
 
 def _plain(value: Any) -> Any:
     try:
         msgspec.json.encode(value)
-    except TypeError:
-        return repr(value)
+    except _UNWRITABLE:
+        return ascii(value)
     return value

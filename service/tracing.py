@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import unquote
 
 from service.config import Settings
 from service.domain import Outcome, RequestRecord
@@ -139,6 +140,6 @@ def _attributes(record: RequestRecord) -> dict[str, Any]:
 
 
 def _pairs(text: str) -> dict[str, str]:
-    """`key=value,key=value` as OTEL_* settings write it."""
+    """`key=value,key=value` as OTEL_* settings write it, percent-encoded."""
     pairs = (part.partition("=") for part in text.split(",") if "=" in part)
-    return {name.strip(): value.strip() for name, _, value in pairs}
+    return {unquote(name.strip()): unquote(value.strip()) for name, _, value in pairs}
