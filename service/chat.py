@@ -184,8 +184,12 @@ class Exchange:
         record = self.record
         record.outcome, record.error_code = _outcome(raised)
         record.duration_seconds = time.perf_counter() - self._started
-        if self._stream is not None:
-            await self._stream.close()
+        try:
+            if self._stream is not None:
+                await self._stream.close()
+        except asyncio.CancelledError:
+            self._service.settle_later(self)
+            raise
         if isinstance(raised, asyncio.CancelledError):
             # The one who cancelled waits for nothing; the books wait for nobody.
             await asyncio.shield(self._service.settle_later(self))
@@ -292,7 +296,10 @@ class Exchange:
         call = self._call
         if call is None:
             return 0
-        return estimate_request(call.parameters if call.parameters is not None else decode_body(call.body))
+        try:
+            return estimate_request(_parameters_of(call))
+        except InvalidRequest:
+            return 0
 
     def _was_heard(self) -> bool:
         """The upstream got the question and nobody heard its answer: it counts the tokens all the same."""
@@ -306,7 +313,7 @@ def read_call(operation: Operation, body: bytes, *, default_model: str | None = 
         fields = _decode_fields(body)
     except msgspec.ValidationError as error:
         raise InvalidRequest(f"The body is not as it must be: {error}.", param=_path_in(str(error))) from None
-    except msgspec.DecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"The body is not JSON: {error}.") from None
     model = fields.model or default_model
     if not model:
@@ -322,12 +329,14 @@ def read_call(operation: Operation, body: bytes, *, default_model: str | None = 
 
 
 def decode_body(body: bytes) -> dict[str, Any]:
-    """The body's object; {} where it is none, which `read_call` has said already."""
+    """The body's object. Raises InvalidRequest: `read_call` skips fields without looking at their letters."""
     try:
         decoded = msgspec.json.decode(body)
-    except msgspec.DecodeError:
-        return {}
-    return decoded if isinstance(decoded, dict) else {}
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"The body is not JSON: {error}.") from None
+    if not isinstance(decoded, dict):
+        raise InvalidRequest("The body is not a JSON object.")
+    return decoded
 
 
 def new_id() -> str:
@@ -365,13 +374,17 @@ def _addressed(call: Call, target: Target) -> Call:
         start = call.body.index(b"{") + 1
         body = call.body[:start] + b'"stream_options":{"include_usage":true},' + call.body[start:]
         return msgspec.structs.replace(call, body=body)
-    parameters = dict(call.parameters if call.parameters is not None else decode_body(call.body))
+    parameters = dict(_parameters_of(call))
     parameters["model"] = target.model
     if ask:
         parameters["stream_options"] = {**(parameters.get("stream_options") or {}), "include_usage": True}
     return msgspec.structs.replace(
         call, model=target.model, body=msgspec.json.encode(parameters), parameters=parameters
     )
+
+
+def _parameters_of(call: Call) -> dict[str, Any]:
+    return call.parameters if call.parameters is not None else decode_body(call.body)
 
 
 def _pause(attempt: int, error: UpstreamError) -> float:

@@ -20,6 +20,8 @@ from service.tokens import ASCII_LETTERS_PER_TOKEN, estimate_text
 MAX_EVENT_BYTES: Final = 16 * 1024 * 1024
 """An event that has not ended after so many bytes is no event."""
 
+_NOT_JSON: Final = (ValueError, RecursionError)
+"""What decoding raises: msgspec's own errors, letters that are not UTF-8, nesting without end."""
 _DONE: Final = b"[DONE]"
 # A blank line ends an event. Atomic groups: "\r\n" is one line end, never two.
 _BLANK_LINE: Final = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
@@ -96,7 +98,7 @@ def read_answer(body: bytes) -> AnswerFacts:
         whole = _decode_whole(body)
     except msgspec.ValidationError:
         whole = _decode_leniently(body)
-    except msgspec.DecodeError:
+    except _NOT_JSON:
         raise _no_json() from None
     return _facts(whole)
 
@@ -105,7 +107,7 @@ def estimate_answer(body: bytes) -> int:
     """Output tokens of a whole answer that came without usage: an estimate from its texts."""
     try:
         decoded = msgspec.json.decode(body)
-    except msgspec.DecodeError:
+    except _NOT_JSON:
         return 0
     if not isinstance(decoded, dict):
         return 0
@@ -180,16 +182,15 @@ class StreamMeter:
             return b""
         events = _BLANK_LINE.split(block) if b"\r" in block else block.split(b"\n\n")
         events.pop()  # after the last blank line there is nothing
-        passed: list[bytes] = []
+        passed: list[bytes | None] = []
         for event in events:
-            kept = self._read(event)
-            if kept is not None:
-                passed.append(kept)
+            passed.append(self._read(event))
             if self.over:
                 break
         if passed == events:  # nearly always, and quick: the very same objects
             return block
-        return b"".join(event + b"\n\n" for event in passed)
+        ends = _BLANK_LINE.findall(block)
+        return b"".join(event + end for event, end in zip(passed, ends, strict=False) if event is not None)
 
     def finish(self) -> bytes:
         """The upstream's connection ended: the last event, should only its blank line be missing.
@@ -197,7 +198,7 @@ class StreamMeter:
         Raises StreamTruncated if the stream had not ended.
         """
         rest = b""
-        if not self.done and bytes(self._pending).strip() == b"data: " + _DONE:
+        if not self.done and _data_of(bytes(self._pending).strip()) == _DONE:
             rest = self.feed(b"\n\n")
         if not self.done:
             raise StreamTruncated(
@@ -257,7 +258,7 @@ class StreamMeter:
         except msgspec.ValidationError:
             self.events += 1
             return event  # an unusual shape: not ours to judge
-        except msgspec.DecodeError:
+        except _NOT_JSON:
             self.error = _no_json()
             return None
         if chunk.error or chunk.type == "error":
@@ -288,7 +289,7 @@ class StreamMeter:
             self.usage = usage  # the last one is the sum: never add them up
         if not self._hide_usage:
             return event
-        return _without_usage(data) if chunk.choices else None
+        return _without_usage(event, data) if chunk.choices else None
 
     def _note_delta(self, delta: _Delta, index: int) -> None:
         if delta.content:
@@ -366,7 +367,10 @@ def _facts(whole: _Whole) -> AnswerFacts:
 
 def _decode_leniently(body: bytes) -> _Whole:
     """An answer whose `choices` are unusual: the rest of it still counts."""
-    decoded = msgspec.json.decode(body)
+    try:
+        decoded = msgspec.json.decode(body)
+    except _NOT_JSON:
+        decoded = None
     if not isinstance(decoded, dict):
         raise _no_json()
     return _Whole(id=decoded.get("id"), model=decoded.get("model"), usage=decoded.get("usage"))
@@ -380,8 +384,11 @@ def _reported(chunk: _Chunk) -> UpstreamError:
     return UpstreamError(f"The upstream reported an error in the stream: {words}")
 
 
-def _without_usage(data: bytes) -> bytes:
-    decoded = msgspec.json.decode(data)
+def _without_usage(event: bytes, data: bytes) -> bytes:
+    try:
+        decoded = msgspec.json.decode(data)
+    except _NOT_JSON:
+        return event
     decoded.pop("usage", None)
     return b"data: " + msgspec.json.encode(decoded)
 

@@ -120,10 +120,12 @@ class DirectUpstream:
         return self._session
 
     async def _rejection(self, response: aiohttp.ClientResponse) -> UpstreamError:
+        body = b""
         try:
-            body = await response.content.read(MAX_ERROR_BYTES)
-        except aiohttp.ClientError:
-            body = b""  # the status says enough
+            while len(body) < MAX_ERROR_BYTES and (more := await response.content.readany()):
+                body += more
+        except (aiohttp.ClientError, ConnectionError):
+            pass  # the status says enough
         return rejection(
             response.status,
             body,
@@ -164,5 +166,5 @@ def read_models(body: bytes) -> Sequence[dict[str, Any]]:
     try:
         listed = msgspec.json.decode(body)
         return [model for model in listed["data"] if isinstance(model["id"], str)]
-    except (msgspec.DecodeError, LookupError, TypeError):
+    except (ValueError, RecursionError, LookupError, TypeError):
         raise UpstreamProtocolError("The upstream's list of models cannot be read.") from None

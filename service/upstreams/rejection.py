@@ -87,7 +87,7 @@ def _detail(body: bytes, secret: str | None) -> dict[str, Any]:
     """The `error` object of an OpenAI-like error body; {} when there is none."""
     try:
         decoded = msgspec.json.decode(body)
-    except msgspec.DecodeError:
+    except (ValueError, RecursionError):
         return {}
     detail = decoded.get("error", decoded.get("detail")) if isinstance(decoded, dict) else None
     if isinstance(detail, str):

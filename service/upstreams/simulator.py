@@ -183,7 +183,7 @@ def _failure(status: int) -> Exception:
 def _decode(body: bytes) -> dict[str, Any]:
     try:
         decoded = msgspec.json.decode(body)
-    except msgspec.DecodeError:
+    except (ValueError, RecursionError):
         decoded = None
     if not isinstance(decoded, dict):
         raise UpstreamRejected(400, {"message": "The body is not a JSON object.", "code": "invalid_json"})

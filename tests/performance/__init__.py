@@ -1,0 +1,1 @@
+"""Benchmark of Weir beside simple references: `python -m tests.performance`."""
