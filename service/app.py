@@ -14,9 +14,11 @@ from fastapi.exceptions import RequestValidationError
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CollectorRegistry
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from service import __version__
 from service.api import native, openai, schemas, system
@@ -34,6 +36,7 @@ from service.middleware import (
     BodyMiddleware,
     ErrorMiddleware,
     GateMiddleware,
+    PlainRoutes,
     RequestContextMiddleware,
 )
 from service.ports import Authenticator, Conversations, Ledger, Limiter, PriceBook, Upstream
@@ -78,7 +81,7 @@ class _Recorder:
         self._health = health
 
     def opened(self, record: RequestRecord, traceparent: str | None) -> None:
-        self._metrics.opened(record)
+        self._metrics.opened()
         self._tracing.opened(record, traceparent)
 
     def attempted(self, record: RequestRecord, error: WeirError | None) -> None:
@@ -143,8 +146,8 @@ def create_app(
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     app.state.weir = weir
-    _add_routes(app, weir)
-    _add_middleware(app, weir)
+    hot = _add_routes(app, weir)
+    _surround(app, weir, hot)
     app.openapi = document(app)  # type: ignore[method-assign]
     return app
 
@@ -172,7 +175,8 @@ def _join(
     return Weir(configuration, adapters, lifecycle, metrics, tracing, health, service)
 
 
-def _add_routes(app: FastAPI, weir: Weir) -> None:
+def _add_routes(app: FastAPI, weir: Weir) -> dict[str, ASGIApp]:
+    """All routes; returns those of the hot path by their paths."""
     settings, service = weir.configuration.settings, weir.service
     dialogue = Dialogue(
         conversations=weir.adapters.conversations,
@@ -186,14 +190,11 @@ def _add_routes(app: FastAPI, weir: Weir) -> None:
         ),
     )
     keepalive = settings.stream_keepalive
-    plain = [
-        Route(
-            f"/v1/{operation.value}",
-            openai.ModelEndpoint(service, operation, keepalive_seconds=keepalive),
-            methods=["POST"],
-        )
-        for operation in Operation
-    ]
+    hot: dict[str, ASGIApp] = {}
+    for operation in Operation:
+        endpoint = openai.ModelEndpoint(service, operation, keepalive_seconds=keepalive)
+        hot[endpoint.path] = endpoint
+    plain = [Route(path, endpoint, methods=["POST"]) for path, endpoint in hot.items()]
     plain.append(Route("/v1/models", openai.ModelList(service.catalogue), methods=["GET"]))
     plain.append(Route("/v1/models/{model:path}", openai.ModelShow(service.catalogue), methods=["GET"]))
     app.router.routes[:0] = plain
@@ -209,27 +210,42 @@ def _add_routes(app: FastAPI, weir: Weir) -> None:
     app.include_router(
         system.make_router(parts=lambda: _parts(weir), uptime_seconds=lambda: time.monotonic() - began)
     )
+    return hot
 
 
-def _add_middleware(app: FastAPI, weir: Weir) -> None:
-    """The last one added is the outermost."""
-    settings = weir.configuration.settings
+def _surround(app: FastAPI, weir: Weir, hot: dict[str, ASGIApp]) -> None:
+    """Put the same middleware around FastAPI's routes and, without FastAPI's own layers, the hot ones."""
     app.exception_handler(RequestValidationError)(_invalid)
     app.exception_handler(HTTPException)(_not_served)
-    app.add_middleware(
-        BodyMiddleware, max_bytes=settings.max_body_bytes, timeout_seconds=settings.body_timeout
+    layers = _layers(weir)
+    app.user_middleware[:0] = layers
+    surrounded = {path: _wrapped(endpoint, layers) for path, endpoint in hot.items()}
+    app.middleware_stack = PlainRoutes(app.build_middleware_stack(), surrounded)
+
+
+def _layers(weir: Weir) -> list[Middleware]:
+    """The middleware of every request, the outermost first."""
+    settings = weir.configuration.settings
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=list(settings.cors_origins),
+        allow_methods=["GET", "POST", "DELETE"],
+        allow_headers=["*"],
+        expose_headers=["X-Request-ID", "X-Conversation-ID", "X-Process-Time", "Retry-After"],
     )
-    app.add_middleware(GateMiddleware, authenticator=weir.adapters.authenticator)
-    app.add_middleware(ErrorMiddleware, debug=settings.debug)
-    if settings.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=list(settings.cors_origins),
-            allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["*"],
-            expose_headers=["X-Request-ID", "X-Conversation-ID", "X-Process-Time", "Retry-After"],
-        )
-    app.add_middleware(RequestContextMiddleware, metrics=weir.metrics)
+    return [
+        Middleware(RequestContextMiddleware, weir.metrics),
+        *([cors] if settings.cors_origins else []),
+        Middleware(ErrorMiddleware, debug=settings.debug),
+        Middleware(GateMiddleware, weir.adapters.authenticator),
+        Middleware(BodyMiddleware, max_bytes=settings.max_body_bytes, timeout_seconds=settings.body_timeout),
+    ]
+
+
+def _wrapped(app: ASGIApp, layers: list[Middleware]) -> ASGIApp:
+    for layer in reversed(layers):
+        app = layer.cls(app, *layer.args, **layer.kwargs)
+    return app
 
 
 def _lifespan(weir: Weir) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
@@ -241,7 +257,7 @@ def _lifespan(weir: Weir) -> Callable[[FastAPI], AbstractAsyncContextManager[Non
                 stack.push_async_callback(upstream.close)
             stack.push_async_callback(weir.service.settled)
             async with asyncio.TaskGroup() as tasks:
-                running = [tasks.create_task(weir.lifecycle.beat(weir.metrics.loop_lag))]
+                running = [tasks.create_task(weir.lifecycle.beat(weir.metrics.beat))]
                 keys, path = weir.adapters.authenticator, weir.configuration.settings.weir_keys_file
                 if isinstance(keys, KeyRing) and path is not None:
                     watch = KeyWatch(keys, path, weir.configuration.file.keys)

@@ -7,7 +7,6 @@ exactly once: with the outcome, the tokens and the cost, also when the caller ha
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import time
 from collections.abc import AsyncIterator
@@ -16,7 +15,7 @@ from typing import Any, Final, Self
 
 import msgspec
 
-from service.deadlines import IdleTimeout
+from service.deadlines import Deadline, IdleTimeout, Sweep
 from service.domain import Call, Operation, Outcome, Principal, RequestRecord, Usage, UsageSource
 from service.errors import (
     InvalidRequest,
@@ -86,6 +85,7 @@ class ChatService:
         self.ledger = ledger
         self.recorder = recorder
         self.limits = limits
+        self.sweep = Sweep()
         self._settling: set[asyncio.Task[None]] = set()
 
     def exchange(
@@ -122,9 +122,25 @@ class Exchange:
     stream's. Errors raised inside decide the record's outcome.
     """
 
+    __slots__ = (
+        "_call",
+        "_first",
+        "_first_token_at",
+        "_meter",
+        "_service",
+        "_started",
+        "_stream",
+        "_target",
+        "_traceparent",
+        "record",
+        "sweep",
+        "whole",
+    )
+
     def __init__(self, service: ChatService, record: RequestRecord, traceparent: str | None) -> None:
         self.record = record
         self.whole: bytes | None = None
+        self.sweep = service.sweep
         self._service = service
         self._traceparent = traceparent
         self._call: Call | None = None
@@ -160,8 +176,7 @@ class Exchange:
         yield self._first
         if meter.error is not None:
             raise meter.error
-        stalled = UpstreamTimeout("The upstream stalled in the middle of the stream.")
-        with IdleTimeout(self._service.limits.idle_seconds, stalled) as idle:
+        with IdleTimeout(self.sweep, self._service.limits.idle_seconds, _stalled) as idle:
             while not meter.done:
                 idle.waiting()
                 data = await stream.read()
@@ -213,14 +228,10 @@ class Exchange:
             record.attempts += 1
             began = loop.time()
             try:
-                async with asyncio.timeout_at(deadline):
+                with Deadline(self.sweep, deadline, _late):
                     await self._attempt(call, target, keep_text)
                 self._service.recorder.attempted(record, None)
                 return
-            except TimeoutError:
-                late = UpstreamTimeout("The upstream did not answer in time.")
-                self._service.recorder.attempted(record, late)
-                raise late from None
             except UpstreamError as error:
                 self._service.recorder.attempted(record, error)
                 record.upstream_request_id = error.upstream_request_id
@@ -341,7 +352,7 @@ def decode_body(body: bytes) -> dict[str, Any]:
 
 def new_id() -> str:
     """A unique id that sorts by time: milliseconds, then 80 random bits, in hex."""
-    return f"{time.time_ns() // 1_000_000:012x}{os.urandom(10).hex()}"
+    return f"{time.time_ns() // 1_000_000:012x}{random.getrandbits(80):020x}"
 
 
 async def _first_events(answer: StreamedAnswer, meter: StreamMeter) -> bytes:
@@ -385,6 +396,14 @@ def _addressed(call: Call, target: Target) -> Call:
 
 def _parameters_of(call: Call) -> dict[str, Any]:
     return call.parameters if call.parameters is not None else decode_body(call.body)
+
+
+def _late() -> UpstreamTimeout:
+    return UpstreamTimeout("The upstream did not answer in time.")
+
+
+def _stalled() -> UpstreamTimeout:
+    return UpstreamTimeout("The upstream stalled in the middle of the stream.")
 
 
 def _pause(attempt: int, error: UpstreamError) -> float:

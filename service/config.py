@@ -40,6 +40,8 @@ _REDIS_SCHEMES: Final = (
     "redis+cluster",
     "rediss+cluster",
 )
+_KEY: Final = re.compile(r"[\x21-\x7e]+")
+"""What a header can carry: a line end at the end of a key would fail every request."""
 
 
 _Shape = TypeVar("_Shape", bound=BaseModel)
@@ -412,22 +414,30 @@ class Configuration(_File):
         """The upstream's own key. Raises ConfigurationError if its file or variable is not there."""
         if upstream.api_key_file is not None:
             try:
-                return upstream.api_key_file.read_text(encoding="utf-8").strip()
+                key: str | None = upstream.api_key_file.read_text(encoding="utf-8").strip()
             except (OSError, UnicodeDecodeError):
                 raise ConfigurationError(
                     f"WEIR_CONFIG: upstream {upstream.name!r}: its api_key_file "
                     f"{upstream.api_key_file} cannot be read"
                 ) from None
-        if upstream.api_key_env is None:
+        elif upstream.api_key_env is None:
             return None
-        if upstream.api_key_env == "OPENAI_API_KEY":
+        elif upstream.api_key_env == "OPENAI_API_KEY":
             known = self.settings.openai_api_key
-            return known.get_secret_value() if known else None
-        key = os.environ.get(upstream.api_key_env)
-        if not key:
+            key = known.get_secret_value() if known else None
+            if key is None and not self.file.upstreams:
+                return None  # the upstream that needs no YAML may need no key either
+        else:
+            key = os.environ.get(upstream.api_key_env) or None
+        if key is None:
             raise ConfigurationError(
                 f"WEIR_CONFIG: upstream {upstream.name!r}: the environment has no "
                 f"{upstream.api_key_env}, its api_key_env"
+            )
+        if not _KEY.fullmatch(key):
+            raise ConfigurationError(
+                f"upstream {upstream.name!r}: its key (not shown) in "
+                f"{upstream.api_key_file or upstream.api_key_env} must be one word of ASCII letters"
             )
         return key
 
@@ -474,9 +484,7 @@ def load(settings: Settings | None = None) -> Configuration:
         except ValidationError as error:
             raise ConfigurationError(_explain(error, Settings)) from None
     file = read_file(settings.weir_config, FileConfig) if settings.weir_config else FileConfig()
-    keys = file.keys + (read_keys(settings.weir_keys_file) if settings.weir_keys_file else ())
-    if len({k.name for k in keys}) < len(keys) or len({k.sha256 for k in keys}) < len(keys):
-        raise ConfigurationError("WEIR_KEYS_FILE and WEIR_CONFIG: a key's name or hash is there twice")
+    keys = read_keys(settings.weir_keys_file, file.keys) if settings.weir_keys_file else file.keys
     configuration = Configuration(settings=settings, file=file, keys=keys)
     known = [u.name for u in configuration.upstreams]
     for model in file.models:
@@ -491,11 +499,15 @@ def load(settings: Settings | None = None) -> Configuration:
     return configuration
 
 
-def read_keys(path: Path) -> tuple[KeyConfig, ...]:
-    """The keys of a file. Raises ConfigurationError; keys never appear in it, hashes neither."""
-    keys = read_file(path, KeysFile).keys
+def read_keys(path: Path, always: tuple[KeyConfig, ...] = ()) -> tuple[KeyConfig, ...]:
+    """`always`, those of WEIR_CONFIG, and the keys of a file. Raises ConfigurationError.
+
+    Keys never appear in its message, hashes neither.
+    """
+    keys = always + read_file(path, KeysFile).keys
     if len({k.name for k in keys}) < len(keys) or len({k.sha256 for k in keys}) < len(keys):
-        raise ConfigurationError(f"{path}: a key's name or hash is there twice")
+        also = " (WEIR_CONFIG has keys too)" if always else ""
+        raise ConfigurationError(f"{path}: a key's name or hash is there twice{also}")
     return keys
 
 

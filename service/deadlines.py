@@ -1,14 +1,16 @@
 """Time limits that cost next to nothing while all goes well.
 
-A timer that is set anew for each chunk of a stream costs more than the chunk. `IdleTimeout` notes
-the time instead, and its one timer looks at that note when it fires.
+Setting and cancelling an event loop's timer for each request, or for each chunk of a stream, costs
+more than the chunk. Here a limit is an entry in a dictionary, and one timer for all of them looks
+forty times a second which are due; it rests while there are none.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import Final, Protocol, Self
 
 from service.errors import WeirError
 
@@ -19,6 +21,8 @@ class Interrupt:
     `fire` cancels the task; `translate`, called where the waiting block is left, turns that
     cancellation into the error and leaves everybody else's cancellations alone.
     """
+
+    __slots__ = ("_cancelling", "_task", "error")
 
     def __init__(self) -> None:
         self._task = asyncio.current_task()
@@ -39,26 +43,101 @@ class Interrupt:
             raise self.error from None
 
 
+class Entry(Protocol):
+    """What a `Sweep` wakes when it is due."""
+
+    def due(self, now: float) -> float | None:
+        """Act if it is time; return when to look again, or None for never."""
+        ...
+
+
+class Sweep:
+    """Wakes entries at their time, up to `PERIOD_SECONDS` late. For one event loop; not for threads."""
+
+    PERIOD_SECONDS: Final = 0.025
+
+    def __init__(self) -> None:
+        self._entries: dict[Entry, float] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, entry: Entry, at: float) -> None:
+        """Wake `entry` at `at`, in the loop's time."""
+        self._entries[entry] = at
+        if self._timer is None:
+            self._arm()
+
+    def discard(self, entry: Entry) -> None:
+        self._entries.pop(entry, None)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def _arm(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(self.PERIOD_SECONDS, self._look)
+
+    def _look(self) -> None:
+        now = asyncio.get_running_loop().time()
+        for entry in [entry for entry, at in self._entries.items() if at <= now]:
+            again = entry.due(now)
+            if again is None:
+                self._entries.pop(entry, None)
+            elif entry in self._entries:
+                self._entries[entry] = again
+        if self._entries:
+            self._arm()
+        else:
+            self._timer = None
+
+
+class Deadline:
+    """Raises what `error` makes in the task that entered it, at `at` in the loop's time."""
+
+    __slots__ = ("_at", "_error", "_interrupt", "_sweep")
+
+    def __init__(self, sweep: Sweep, at: float, error: Callable[[], WeirError]) -> None:
+        self._sweep = sweep
+        self._at = at
+        self._error = error
+
+    def __enter__(self) -> Self:
+        self._interrupt = Interrupt()
+        self._sweep.add(self, self._at)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, raised: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._sweep.discard(self)
+        self._interrupt.translate(kind)
+
+    def due(self, now: float) -> float | None:
+        self._interrupt.fire(self._error())
+        return None
+
+
 class IdleTimeout:
-    """Raises `error` in the task that entered it when one wait lasts longer than `seconds`.
+    """Raises what `error` makes in the task that entered it when one wait lasts longer than `seconds`.
 
     Only the time between `waiting()` and `arrived()` counts: while a slow reader holds back the
     stream nobody waits for the upstream.
     """
 
-    def __init__(self, seconds: float, error: WeirError) -> None:
+    __slots__ = ("_error", "_interrupt", "_now", "_seconds", "_since", "_sweep")
+
+    def __init__(self, sweep: Sweep, seconds: float, error: Callable[[], WeirError]) -> None:
+        self._sweep = sweep
         self._seconds = seconds
         self._error = error
         self._since: float | None = None
 
     def __enter__(self) -> Self:
-        self._loop = asyncio.get_running_loop()
+        self._now = asyncio.get_running_loop().time
         self._interrupt = Interrupt()
-        self._timer = self._loop.call_later(self._seconds, self._look)
+        self._sweep.add(self, self._now() + self._seconds)
         return self
 
     def waiting(self) -> None:
-        self._since = self._loop.time()
+        self._since = self._now()
 
     def arrived(self) -> None:
         self._since = None
@@ -66,14 +145,12 @@ class IdleTimeout:
     def __exit__(
         self, kind: type[BaseException] | None, raised: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._timer.cancel()
+        self._sweep.discard(self)
         self._interrupt.translate(kind)
 
-    def _look(self) -> None:
-        now = self._loop.time()
+    def due(self, now: float) -> float | None:
         since = self._since if self._since is not None else now
-        left = since + self._seconds - now
-        if left > 0:
-            self._timer = self._loop.call_later(left, self._look)
-        else:
-            self._interrupt.fire(self._error)
+        if since + self._seconds > now:
+            return since + self._seconds
+        self._interrupt.fire(self._error())
+        return None

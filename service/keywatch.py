@@ -42,7 +42,7 @@ class KeyWatch:
             return
         self._seen = mark
         try:
-            keys = self._always + read_keys(self._path)
+            keys = read_keys(self._path, self._always)
         except ConfigurationError as error:
             log.error("keys_refused", reason=error.message, kept=len(self._ring))
             return

@@ -6,10 +6,13 @@ every other library that uses the standard library's logging.
 
 from __future__ import annotations
 
+import asyncio
+import atexit
 import logging
 import sys
+import threading
 from contextvars import ContextVar
-from typing import Any, Final, Literal
+from typing import Any, BinaryIO, Final, Literal
 
 import msgspec
 import structlog
@@ -43,10 +46,63 @@ def configure(level: str, form: Literal["auto", "json", "console"]) -> None:
         wrapper_class=structlog.make_filtering_bound_logger(number),
         logger_factory=structlog.PrintLoggerFactory(sys.stdout)
         if console
-        else structlog.BytesLoggerFactory(sys.stdout.buffer),
+        else BufferedLines(sys.stdout.buffer),
         cache_logger_on_first_use=True,
     )
     _bridge(number, shared, render)
+
+
+class BufferedLines:
+    """A structlog logger, and its factory, that writes several lines at once.
+
+    A write for each request's line costs a tenth of the throughput. Lines wait up to
+    `DELAY_SECONDS`; one that tells of trouble takes all that wait along at once, and so does the
+    end of the process.
+    """
+
+    DELAY_SECONDS: Final = 0.05
+    MOST_BYTES: Final = 64 * 1024
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._waiting: list[bytes] = []
+        self._size = 0
+        self._lock = threading.Lock()
+        self._timer: asyncio.TimerHandle | None = None
+        atexit.register(self.flush)
+
+    def __call__(self, *_: Any) -> BufferedLines:
+        return self
+
+    def msg(self, line: bytes) -> None:
+        with self._lock:
+            self._waiting += (line, b"\n")
+            self._size += len(line) + 1
+        if self._size >= self.MOST_BYTES:
+            self.flush()
+        elif self._timer is None:
+            try:
+                loop = asyncio.get_running_loop()
+            except RuntimeError:
+                self.flush()
+            else:
+                self._timer = loop.call_later(self.DELAY_SECONDS, self.flush)
+
+    debug = info = msg
+
+    def urgent(self, line: bytes) -> None:
+        self.msg(line)
+        self.flush()
+
+    warning = error = critical = exception = urgent
+
+    def flush(self) -> None:
+        self._timer = None
+        with self._lock:
+            waiting, self._waiting, self._size = self._waiting, [], 0
+            if waiting:
+                self._stream.write(b"".join(waiting))
+                self._stream.flush()
 
 
 def _bridge(level: int, shared: list[Processor], render: list[Processor]) -> None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import math
+import random
 import re
 import time
-import uuid
+from collections.abc import Mapping
 from typing import Any, Final
 
 import msgspec
@@ -33,7 +34,7 @@ from service.errors import (
 )
 from service.logging import request_id_of_task
 from service.ports import Authenticator
-from service.telemetry import HTTPSizes, Metrics
+from service.telemetry import Metrics
 
 PROTECTED: Final = ("/v1/", "/api/")
 MODEL_ROUTES: Final = frozenset(
@@ -45,20 +46,24 @@ MODEL_ROUTES: Final = frozenset(
 """Routes whose every request has an outcome, also when it never reached a model."""
 
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
-_SECURITY: Final = (
+# uvicorn checks each header anew for each answer, so JSON gets only those that mean something to it.
+_FOR_STREAMS: Final = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
+)
+_FOR_ANSWERS: Final = (*_FOR_STREAMS, (b"cache-control", b"no-store"))
+_FOR_PAGES: Final = (
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
     (b"referrer-policy", b"no-referrer"),
-)
-_CLOSED_CSP: Final = (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'")
-_PAGE_CSP: Final = (
-    b"content-security-policy",
     (
-        b"default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
-        b"img-src 'self' data:; worker-src blob:; frame-ancestors 'none'"
+        b"content-security-policy",
+        (
+            b"default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
+            b"img-src 'self' data:; worker-src blob:; frame-ancestors 'none'"
+        ),
     ),
 )
-_NO_STORE: Final = (b"cache-control", b"no-store")
 _GONE_STATUS: Final = CallerGone.status
 
 log = structlog.get_logger("weir")
@@ -80,11 +85,9 @@ class RequestContextMiddleware:
         request_id_of_task.set(context.request_id)
 
         async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
+            if context.status is None:  # the first message is the head
                 context.status = message["status"]
-                message["headers"] = [*message.get("headers", ()), *_headers(context, message)]
-            else:
-                context.response_bytes += len(message.get("body", b""))
+                message["headers"] = [*message["headers"], *_headers(context, message)]
             await send(message)
 
         try:
@@ -95,27 +98,23 @@ class RequestContextMiddleware:
     def _finish(self, scope: Scope, context: RequestContext) -> None:
         seconds = time.perf_counter() - context.started
         route, status = _route(scope, context), context.status or _GONE_STATUS
-        sizes = HTTPSizes(len(context.body), context.response_bytes)
-        self._metrics.http(context.method, route, status, seconds, sizes)
+        self._metrics.http(context.method, route, status, seconds)
         record = context.record
         outcome = record.outcome if record is not None else _outcome_of(status)
         if record is None and route in MODEL_ROUTES:
             self._metrics.refused(route, outcome)
-        line: dict[str, Any] = {
-            "method": context.method,
-            "route": route,
-            "status": status,
-            "ms": round(seconds * 1000, 3),
-            "outcome": outcome.value,
-            "key": context.principal.name,
-            "tenant": context.principal.tenant,
-        }
-        if record is not None:
-            line |= _model_fields(record)
-        if status >= 500 or outcome is Outcome.STREAM_TRUNCATED:
-            log.warning("request", **line)
-        else:
-            log.info("request", **line)
+        tell = log.warning if status >= 500 or outcome is Outcome.STREAM_TRUNCATED else log.info
+        tell(
+            "request",
+            method=context.method,
+            route=route,
+            status=status,
+            ms=round(seconds * 1000, 3),
+            outcome=outcome,
+            key=context.principal.name,
+            tenant=context.principal.tenant,
+            **(_model_fields(record) if record is not None else {}),
+        )
 
 
 class ErrorMiddleware:
@@ -174,16 +173,9 @@ class BodyMiddleware:
         if not declared.isdigit() or int(declared) > self._max_bytes:
             raise self._too_large()
         context.body = await self._read(receive)
-        unread = True
-
-        async def receive_again() -> Message:
-            nonlocal unread
-            if unread:
-                unread = False
-                return {"type": "http.request", "body": context.body, "more_body": False}
-            return await receive()
-
-        await self._app(scope, receive_again if _wants_body(scope) else receive, send)
+        # FastAPI's own routes read the body by `receive`; the plain ones take it from the context.
+        again = receive if scope["path"].startswith("/v1/") else _Again(context.body, receive)
+        await self._app(scope, again, send)
 
     async def _read(self, receive: Receive) -> bytes:
         message = await receive()
@@ -216,6 +208,38 @@ class BodyMiddleware:
         return BodyTooLarge(f"The body of your request is larger than {self._max_bytes} bytes.")
 
 
+class _Again:
+    """A `receive` that gives the body which was read already, then whatever comes."""
+
+    def __init__(self, body: bytes, receive: Receive) -> None:
+        self._body: bytes | None = body
+        self._receive = receive
+
+    async def __call__(self) -> Message:
+        if self._body is None:
+            return await self._receive()
+        body, self._body = self._body, None
+        return {"type": "http.request", "body": body, "more_body": False}
+
+
+class PlainRoutes:
+    """Hands the plain routes their requests at once, past the layers that only FastAPI's routes need.
+
+    They are mounted in the application too: what reaches it by another way finds them there.
+    """
+
+    def __init__(self, app: ASGIApp, endpoints: Mapping[str, ASGIApp]) -> None:
+        self._app = app
+        self._endpoints = endpoints
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST":
+            endpoint = self._endpoints.get(scope["path"])
+            if endpoint is not None:
+                return await endpoint(scope, receive, send)
+        await self._app(scope, receive, send)
+
+
 async def answer_error(context: RequestContext, send: Send, error: WeirError) -> None:
     """Send `error`: as an answer, or as the last event of the stream that has begun."""
     if context.status is None:
@@ -242,21 +266,15 @@ def _advice(context: RequestContext, error: WeirError) -> tuple[tuple[bytes, byt
     return tuple(headers)
 
 
-def _wants_body(scope: Scope) -> bool:
-    """FastAPI's own routes read the body by `receive`; the plain ones take it from the context."""
-    return not scope["path"].startswith("/v1/")
-
-
 def _request_id(given: bytes | None) -> str:
     text = given.decode("latin-1") if given else ""
-    return text if _REQUEST_ID.fullmatch(text) else uuid.uuid4().hex
+    return text if _REQUEST_ID.fullmatch(text) else f"{random.getrandbits(128):032x}"
 
 
 def _headers(context: RequestContext, message: Message) -> list[tuple[bytes, bytes]]:
     headers = [
         (b"x-request-id", context.request_id.encode()),
-        (b"x-process-time", f"{time.perf_counter() - context.started:.6f}".encode()),
-        *_SECURITY,
+        (b"x-process-time", b"%.6f" % (time.perf_counter() - context.started)),
     ]
     record = context.record
     if record is not None:
@@ -266,12 +284,12 @@ def _headers(context: RequestContext, message: Message) -> list[tuple[bytes, byt
             )
         if record.trace_id:
             headers.append((b"x-trace-id", record.trace_id.encode()))
-    if context.path.startswith(PROTECTED):
-        headers.append(_CLOSED_CSP)
-        if not any(name == b"cache-control" for name, _ in message["headers"][:4]):
-            headers.append(_NO_STORE)
+    if not context.path.startswith(PROTECTED):
+        headers.extend(_FOR_PAGES)
+    elif context.streams:
+        headers.extend(_FOR_STREAMS)
     else:
-        headers.append(_PAGE_CSP)
+        headers.extend(_FOR_ANSWERS)
     return headers
 
 
@@ -307,7 +325,7 @@ def _model_fields(record: RequestRecord) -> dict[str, Any]:
         "attempts": record.attempts,
         "input_tokens": usage.input_tokens if usage else 0,
         "output_tokens": usage.output_tokens if usage else 0,
-        "usage_source": usage.source.value if usage else None,
+        "usage_source": usage.source if usage else None,
         "cost_usd": record.cost.usd,
         "cost_source": record.cost.source,
         "ttft_ms": _milliseconds(record.time_to_first_token_seconds),

@@ -10,7 +10,7 @@ from typing import Final, Self
 
 from starlette.types import Receive
 
-from service.deadlines import Interrupt
+from service.deadlines import Interrupt, Sweep
 from service.errors import CallerGone
 
 PATIENCE_SECONDS: Final = 0.05
@@ -23,20 +23,22 @@ class CallerWatch:
     The request's body must have been read: from then on `receive` returns only for a disconnect.
     """
 
-    def __init__(self, receive: Receive) -> None:
+    __slots__ = ("_interrupt", "_receive", "_sweep", "_watch")
+
+    def __init__(self, receive: Receive, sweep: Sweep) -> None:
         self._receive = receive
+        self._sweep = sweep
         self._watch: asyncio.Task[None] | None = None
 
-    async def __aenter__(self) -> Self:
-        self._loop = asyncio.get_running_loop()
+    def __enter__(self) -> Self:
         self._interrupt = Interrupt()
-        self._timer = self._loop.call_later(PATIENCE_SECONDS, self._begin)
+        self._sweep.add(self, asyncio.get_running_loop().time() + PATIENCE_SECONDS)
         return self
 
-    async def __aexit__(
+    def __exit__(
         self, kind: type[BaseException] | None, raised: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._timer.cancel()
+        self._sweep.discard(self)
         if self._watch is not None:
             self._watch.cancel()
         self._interrupt.translate(kind)
@@ -51,8 +53,9 @@ class CallerWatch:
                 raise self._interrupt.error from None
             raise
 
-    def _begin(self) -> None:
-        self._watch = self._loop.create_task(self._wait())
+    def due(self, now: float) -> float | None:
+        self._watch = asyncio.get_running_loop().create_task(self._wait())
+        return None
 
     async def _wait(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":

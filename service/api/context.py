@@ -31,7 +31,6 @@ class RequestContext:
         "principal",
         "record",
         "request_id",
-        "response_bytes",
         "started",
         "status",
     )
@@ -47,10 +46,13 @@ class RequestContext:
         self.record: RequestRecord | None = None
         """The last exchange's record; a batch has several."""
         self.dialect: Dialect | None = None
-        """Set once a stream has begun."""
+        """Set when a stream begins."""
         self.status: int | None = None
         """Set once the status line was sent."""
-        self.response_bytes = 0
+
+    @property
+    def streams(self) -> bool:
+        return self.dialect is not None
 
     def header(self, name: bytes) -> str | None:
         value = self.headers.get(name)

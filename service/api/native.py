@@ -49,11 +49,12 @@ def make_router(
             return _TurnStream(  # type: ignore[return-value]  # FastAPI passes a Response on as it is
                 dialogue, exchange(context, "/chat"), turn, keepalive_seconds
             )
-        async with exchange(context, "/chat") as run, CallerWatch(request.receive):
-            opening = await dialogue.begin(context.principal, turn, stream=False)
-            run.record.conversation_id = opening.conversation_id
-            await run.open(opening.call)
-            text = _text_of(run.whole)
+        async with exchange(context, "/chat") as run:
+            with CallerWatch(request.receive, service.sweep):
+                opening = await dialogue.begin(context.principal, turn, stream=False)
+                run.record.conversation_id = opening.conversation_id
+                await run.open(opening.call)
+                text = _text_of(run.whole)
         await dialogue.keep(opening, text, run.record)
         return _chat_answer(run.record, opening, text)
 
@@ -112,9 +113,10 @@ def make_router(
     @router.post("/generate", tags=["generate"], summary="Text for a single prompt")
     async def generate(body: schemas.GenerateBody, request: Request) -> schemas.GenerateAnswer:
         call = dialogue.generation(body.prompt, body.max_tokens, body.temperature, body.model)
-        async with exchange(context_of(request.scope), "/generate") as run, CallerWatch(request.receive):
-            await run.open(call)
-            text = _text_of(run.whole)
+        async with exchange(context_of(request.scope), "/generate") as run:
+            with CallerWatch(request.receive, service.sweep):
+                await run.open(call)
+                text = _text_of(run.whole)
         record = run.record
         return schemas.GenerateAnswer(
             text=text,
@@ -146,8 +148,9 @@ def make_router(
                     index=index, text=text, tokens_used=_tokens(record), cost_estimate=record.cost.usd
                 )
 
-        async with CallerWatch(request.receive) as watch, asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one(i, prompt)) for i, prompt in enumerate(body.prompts)]
+        with CallerWatch(request.receive, service.sweep) as watch:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(one(i, prompt)) for i, prompt in enumerate(body.prompts)]
         return _batch_answer([task.result() for task in tasks], context.request_id)
 
     return router
@@ -167,18 +170,19 @@ class _TurnStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         run = self._run
-        async with run, CallerWatch(receive):
-            opening = await self._dialogue.begin(run.record.principal, self._turn, stream=True)
-            run.record.conversation_id = opening.conversation_id
-            await run.open(opening.call, keep_text=True)
-            await send_stream(
-                send,
-                context_of(scope),
-                Dialect.NATIVE,
-                self._events(opening),
-                keepalive_seconds=self._keepalive,
-                headers=((b"x-conversation-id", opening.conversation_id.encode()),),
-            )
+        async with run:
+            with CallerWatch(receive, run.sweep):
+                opening = await self._dialogue.begin(run.record.principal, self._turn, stream=True)
+                run.record.conversation_id = opening.conversation_id
+                await run.open(opening.call, keep_text=True)
+                await send_stream(
+                    send,
+                    context_of(scope),
+                    Dialect.NATIVE,
+                    self._events(opening),
+                    keepalive_seconds=self._keepalive,
+                    headers=((b"x-conversation-id", opening.conversation_id.encode()),),
+                )
 
     async def _events(self, opening: Opening) -> AsyncIterator[bytes]:
         run, parts = self._run, []

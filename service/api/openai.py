@@ -43,20 +43,19 @@ class ModelEndpoint:
             traceparent=context.header(b"traceparent"),
         )
         context.record = exchange.record
-        async with exchange, CallerWatch(receive):
-            call = read_call(self._operation, context.body)
-            call.headers = tuple(
-                (name, value.decode("latin-1"))
-                for key, name in _FORWARDED
-                if (value := context.headers.get(key)) is not None
-            )
-            await exchange.open(call)
-            if exchange.whole is not None:
-                await send_json(send, exchange.whole)
-            else:
-                await send_stream(
-                    send, context, self._dialect, exchange.events(), keepalive_seconds=self._keepalive
-                )
+        async with exchange:
+            with CallerWatch(receive, self._service.sweep):
+                call = read_call(self._operation, context.body)
+                for key, name in _FORWARDED:
+                    if key in context.headers:
+                        call.headers += ((name, context.headers[key].decode("latin-1")),)
+                await exchange.open(call)
+                if exchange.whole is not None:
+                    await send_json(send, exchange.whole)
+                else:
+                    await send_stream(
+                        send, context, self._dialect, exchange.events(), keepalive_seconds=self._keepalive
+                    )
 
 
 class ModelList:

@@ -34,8 +34,8 @@ async def send_stream(
 
     `send` waits while the caller reads slowly, so nothing more is taken from `events` meanwhile.
     """
-    await send({"type": "http.response.start", "status": 200, "headers": [*HEADERS, *headers]})
     context.dialect = dialect
+    await send({"type": "http.response.start", "status": 200, "headers": [*HEADERS, *headers]})
     silence = _Silence(send, keepalive_seconds)
     try:
         async for block in events:

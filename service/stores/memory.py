@@ -79,10 +79,11 @@ class MemoryConversations:
 
 
 class MemoryLimiter:
-    """At most `requests` of each principal in any `window_seconds`, spread evenly (GCRA).
+    """`requests` of each principal per `window_seconds`, spread evenly (GCRA).
 
-    A principal may use its whole share at once; after that it gets back one request every
-    window/requests seconds. With `requests` None nothing is limited.
+    A principal may use its whole share at once; it gets back one request every window/requests
+    seconds. So a window that begins with a whole share may hold almost two of them, and no stretch of
+    time more than one share and what came back in it. With `requests` None nothing is limited.
     """
 
     def __init__(

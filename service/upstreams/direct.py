@@ -7,6 +7,8 @@ from typing import Any, Final
 
 import aiohttp
 import msgspec
+from aiohttp.payload import BytesPayload
+from multidict import CIMultiDict
 from yarl import URL
 
 from service import __version__
@@ -44,12 +46,15 @@ class DirectUpstream:
         self._api_key = api_key
         self._base_url = base_url.rstrip("/")
         self._urls = {operation: URL(f"{self._base_url}/{operation.value}") for operation in Operation}
-        self._headers = {
-            "Content-Type": "application/json",
-            "User-Agent": f"weir/{__version__}",
-            # Compression between neighbours costs more time than it saves, and delays streams.
-            "Accept-Encoding": "identity",
-        }
+        self._headers = CIMultiDict(
+            {
+                "Content-Type": "application/json",
+                "User-Agent": f"weir/{__version__}",
+                "Accept": "*/*",
+                # Compression between neighbours costs more time than it saves, and delays streams.
+                "Accept-Encoding": "identity",
+            }
+        )
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
         # Whole-request deadlines belong to the core, which knows the caller; here only the connection's.
@@ -58,7 +63,10 @@ class DirectUpstream:
         self._session: aiohttp.ClientSession | None = None
 
     async def send(self, call: Call) -> WholeAnswer | StreamedAnswer:
-        headers = {**self._headers, **dict(call.headers)} if call.headers else self._headers
+        headers = self._headers
+        if call.headers:
+            headers = CIMultiDict(headers)
+            headers.update(call.headers)
         response = await self._request("POST", self._urls[call.operation], headers, call.body)
         try:
             if response.status >= 400:
@@ -89,11 +97,15 @@ class DirectUpstream:
             self._session = None
 
     async def _request(
-        self, method: str, url: URL, headers: dict[str, str], body: bytes | None
+        self, method: str, url: URL, headers: CIMultiDict[str], body: bytes | None
     ) -> aiohttp.ClientResponse:
         try:
             return await self._open_session().request(
-                method, url, data=body, headers=headers, allow_redirects=False
+                method,
+                url,
+                data=BytesPayload(body) if body is not None else None,
+                headers=headers,
+                allow_redirects=False,
             )
         except aiohttp.ConnectionTimeoutError:
             raise connect_timeout() from None

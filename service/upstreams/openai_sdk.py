@@ -14,8 +14,9 @@ import msgspec
 import openai
 
 from service.domain import Call
-from service.errors import UpstreamError, UpstreamProtocolError
+from service.errors import UpstreamError, UpstreamProtocolError, UpstreamRejected
 from service.ports import StreamedAnswer, WholeAnswer
+from service.upstreams.direct import read_models
 from service.upstreams.rejection import (
     MAX_ERROR_BYTES,
     broken_answer,
@@ -60,7 +61,7 @@ class OpenAISDKUpstream:
         )
 
     async def send(self, call: Call) -> WholeAnswer | StreamedAnswer:
-        parameters = call.parameters if call.parameters is not None else msgspec.json.decode(call.body)
+        parameters = call.parameters if call.parameters is not None else _decode(call.body)
         try:
             response: httpx2.Response = await self._client.post(
                 f"/{call.operation.value}",
@@ -72,6 +73,8 @@ class OpenAISDKUpstream:
             )  # type: ignore[assignment]  # the SDK types stream=True as its own stream class
         except openai.OpenAIError as error:
             raise await self._translated(error) from None
+        except httpx2.RequestError:  # while the SDK read an error's body: it lets this through
+            raise unreachable("it closed the connection") from None
         try:
             check_content_type(
                 response.headers.get("content-type", ""), stream=call.stream, status=response.status_code
@@ -79,7 +82,7 @@ class OpenAISDKUpstream:
             if call.stream:
                 return _Stream(response)
             return WholeAnswer(await response.aread(), response.headers.get("x-request-id"))
-        except httpx2.TransportError:
+        except httpx2.RequestError:
             await response.aclose()
             raise broken_answer() from None
         except BaseException:
@@ -88,10 +91,12 @@ class OpenAISDKUpstream:
 
     async def models(self) -> Sequence[dict[str, Any]]:
         try:
-            page = await self._client.models.list()
+            response = await self._client.get("/models", cast_to=httpx2.Response)
         except openai.OpenAIError as error:
             raise await self._translated(error) from None
-        return [model.model_dump() for model in page.data]
+        except httpx2.RequestError:
+            raise unreachable("it closed the connection") from None
+        return read_models(response.content)
 
     async def close(self) -> None:
         await self._client.close()
@@ -115,6 +120,13 @@ class OpenAISDKUpstream:
         return UpstreamProtocolError("The SDK could not read the upstream's answer.")
 
 
+def _decode(body: bytes) -> Any:
+    try:
+        return msgspec.json.decode(body)
+    except (ValueError, RecursionError):
+        raise UpstreamRejected(400, {"message": "The body is not JSON.", "code": "invalid_json"}) from None
+
+
 class _Stream:
     """A StreamedAnswer over an httpx response."""
 
@@ -128,7 +140,7 @@ class _Stream:
             async for chunk in self._chunks:
                 if chunk:
                     return chunk
-        except (httpx2.TransportError, httpx2.DecodingError):
+        except httpx2.RequestError:
             raise broken_stream() from None
         return b""
 

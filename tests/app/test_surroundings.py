@@ -73,7 +73,6 @@ def test_every_answer_has_the_common_headers(weir: RunningWeir, path: str) -> No
     assert float(headers["x-process-time"]) > 0
     assert headers["x-request-id"]
     assert headers["x-content-type-options"] == "nosniff"
-    assert headers["x-frame-options"] == "DENY"
     assert "frame-ancestors 'none'" in headers["content-security-policy"]
     assert "server" not in headers
 
