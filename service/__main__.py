@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -50,11 +51,15 @@ def _serve(configuration: Configuration, *, welcome: bool) -> int:
 
         serve(configuration, say=print if welcome else None)
         return 0
-    with tempfile.TemporaryDirectory(prefix="weir-metrics-") as directory:
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory
-        from service.workers import serve_workers
+    directory, master = tempfile.mkdtemp(prefix="weir-metrics-"), os.getpid()
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory
+    from service.workers import serve_workers
 
+    try:
         serve_workers(configuration)
+    finally:
+        if os.getpid() == master:  # forked workers leave through here too
+            shutil.rmtree(directory)
     return 0
 
 

@@ -17,6 +17,7 @@ from typing import Any, Final
 import structlog
 from gunicorn.app.base import BaseApplication
 from gunicorn.arbiter import Arbiter
+from gunicorn.glogging import Logger
 from prometheus_client import multiprocess
 from starlette.types import ASGIApp
 from uvicorn_worker import UvicornWorker
@@ -78,6 +79,13 @@ class Heartbeats:
         return [_SLOT.unpack_from(self._memory, slot * _SLOT.size) for slot in tuple(self.living)]
 
 
+class Logs(Logger):
+    """gunicorn's logger without handlers of its own: its lines go where all others go."""
+
+    def setup(self, cfg: Any) -> None:
+        self.error_log.propagate = True
+
+
 class Worker(UvicornWorker):
     """A uvicorn worker that drains as the single process does and tells the master of its heartbeat."""
 
@@ -108,6 +116,7 @@ class Application(BaseApplication):
             "bind": f"{_bracketed(self.configuration.host)}:{settings.port}",
             "workers": settings.worker_count,
             "worker_class": Worker,
+            "logger_class": Logs,
             "max_requests": settings.max_requests_per_worker,
             "max_requests_jitter": settings.max_requests_per_worker // 10,
             "graceful_timeout": round(settings.drain_timeout),
@@ -162,10 +171,12 @@ def serve_workers(configuration: Configuration) -> None:
     admin = AdminServer(AdminApp(heartbeats, metrics), listener)
     announce(configuration, f"http://{_bracketed(configuration.host)}:{settings.port}", address(listener))
     admin.start()
+    master = os.getpid()
     try:
         Application(configuration, heartbeats).run()
     finally:
-        admin.stop()
+        if os.getpid() == master:  # forked workers leave through here too, without the thread
+            admin.stop()
 
 
 def _slot_of(worker: Any) -> int:

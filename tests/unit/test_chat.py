@@ -431,7 +431,9 @@ async def test_comments_do_not_hold_off_the_deadline() -> None:
         await path.ask(chat_call(stream=True))
 
 
-async def test_all_attempts_together_have_one_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_all_attempts_together_have_one_deadline(
+    monkeypatch: pytest.MonkeyPatch, pauses: Pauses
+) -> None:
     """Each attempt takes 6 of 10 seconds, by a clock that the attempts move: the second one is the last."""
     loop = asyncio.get_running_loop()
     now = loop.time()

@@ -12,6 +12,16 @@ from service.errors import CallerGone, UpstreamTimeout
 
 GONE = CallerGone("gone")
 STALLED = UpstreamTimeout("stalled")
+
+
+def stalled() -> UpstreamTimeout:
+    return STALLED
+
+
+def gone() -> CallerGone:
+    return GONE
+
+
 AN_AGE = 3600.0
 AT_ONCE = 0.01
 
@@ -177,7 +187,7 @@ async def test_the_timer_rests_without_entries_and_starts_again() -> None:
 
 async def test_a_deadline_ends_the_wait_with_its_error() -> None:
     sweep = Sweep()
-    with pytest.raises(UpstreamTimeout) as caught, Deadline(sweep, now() + AT_ONCE, STALLED):
+    with pytest.raises(UpstreamTimeout) as caught, Deadline(sweep, now() + AT_ONCE, stalled):
         await asyncio.Event().wait()
     assert caught.value is STALLED
     task = asyncio.current_task()
@@ -188,14 +198,14 @@ async def test_a_deadline_ends_the_wait_with_its_error() -> None:
 
 async def test_a_deadline_that_was_kept_leaves_nothing_behind() -> None:
     sweep = Sweep()
-    with Deadline(sweep, now() + AN_AGE, STALLED):
+    with Deadline(sweep, now() + AN_AGE, stalled):
         await asyncio.sleep(0)
     assert len(sweep) == 0
 
 
 async def test_a_wait_that_lasts_too_long_ends_with_the_error() -> None:
     sweep = Sweep()
-    with pytest.raises(UpstreamTimeout) as caught, IdleTimeout(sweep, AT_ONCE, STALLED) as idle:
+    with pytest.raises(UpstreamTimeout) as caught, IdleTimeout(sweep, AT_ONCE, stalled) as idle:
         idle.waiting()
         await asyncio.Event().wait()
     assert caught.value is STALLED
@@ -203,7 +213,7 @@ async def test_a_wait_that_lasts_too_long_ends_with_the_error() -> None:
 
 
 async def test_each_wait_counts_by_itself_and_a_slow_readers_time_does_not() -> None:
-    with IdleTimeout(Sweep(), 10.0, STALLED) as idle:
+    with IdleTimeout(Sweep(), 10.0, stalled) as idle:
         start = now()
         assert idle.due(start + 100.0) == start + 110.0, "nobody waits for the upstream"
         idle.waiting()
@@ -226,7 +236,7 @@ async def test_a_foreign_cancellation_passes_through_a_limit(limit: type[IdleTim
     sweep, entered = Sweep(), asyncio.Event()
 
     async def work() -> None:
-        with limit(sweep, now() + AN_AGE, STALLED):
+        with limit(sweep, now() + AN_AGE, stalled):
             entered.set()
             await asyncio.Event().wait()
 
@@ -241,7 +251,7 @@ async def test_a_foreign_cancellation_passes_through_a_limit(limit: type[IdleTim
 @pytest.mark.parametrize("limit", [IdleTimeout, Deadline])
 async def test_an_error_inside_passes_through_a_limit(limit: type[IdleTimeout | Deadline]) -> None:
     sweep = Sweep()
-    with pytest.raises(ValueError, match="mine"), limit(sweep, now() + AN_AGE, STALLED):
+    with pytest.raises(ValueError, match="mine"), limit(sweep, now() + AN_AGE, stalled):
         raise ValueError("mine")
     assert len(sweep) == 0
 
@@ -249,7 +259,7 @@ async def test_an_error_inside_passes_through_a_limit(limit: type[IdleTimeout | 
 async def test_of_two_limits_at_once_the_outer_one_counts() -> None:
     sweep = Sweep()
     at = now() + AT_ONCE
-    with pytest.raises(CallerGone), Deadline(sweep, at, GONE), Deadline(sweep, at, STALLED):
+    with pytest.raises(CallerGone), Deadline(sweep, at, gone), Deadline(sweep, at, stalled):
         await asyncio.Event().wait()
     task = asyncio.current_task()
     assert task is not None

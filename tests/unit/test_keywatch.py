@@ -11,6 +11,7 @@ import structlog
 
 from service.auth import KeyRing, hash_key
 from service.config import KeyConfig, read_keys
+from service.errors import AuthenticationFailed
 from service.keywatch import KeyWatch
 
 
@@ -32,7 +33,11 @@ def watch_of(path: Path, always: tuple[KeyConfig, ...] = ()) -> tuple[KeyWatch, 
 
 
 def known(ring: KeyRing, name: str) -> bool:
-    return hash_key(name) in ring._principals
+    try:
+        ring.principal(f"Bearer {name}")
+    except AuthenticationFailed:
+        return False
+    return True
 
 
 @pytest.fixture
