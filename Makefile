@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEV := $(VENV)/.dev-installed
 RUN := $(VENV)/.run-installed
 
-.PHONY: help run test check format bench image lock clean
+.PHONY: help run test check format bench image lock docs clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -43,6 +43,9 @@ lock: $(DEV) ## pin all dependencies with their hashes
 	$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 		--custom-compile-command "make lock" -c requirements/runtime.txt --group dev \
 		-o requirements/dev.txt pyproject.toml
+
+docs: $(DEV) ## write the tables of the docs from the code
+	$(BIN)/python -m docs.generate
 
 clean: ## the environment and what tests leave behind
 	rm -rf $(VENV) .coverage* .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -76,7 +76,7 @@ def _make_key(name: str, tenant: str) -> int:
     key = make_key()
     print(f"# The key, shown this once; give it to {name}:\n{key}\n")
     print("# The entry for WEIR_KEYS_FILE; only this is kept:\nkeys:")
-    print(f"  - name: {name}\n    tenant: {tenant}\n    sha256: {hash_key(key)}")
+    print(f'  - name: "{name}"\n    tenant: "{tenant}"\n    sha256: "{hash_key(key)}"')
     return 0
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+from datetime import date
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self, TypeVar
@@ -57,7 +58,7 @@ class UpstreamKind(StrEnum):
 
 
 class _File(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class PriceConfig(_File):
@@ -83,6 +84,12 @@ class UpstreamConfig(_File):
     """The provider's name in the price table and in metrics; guessed from the address if absent."""
     stream_usage: bool = True
     """Ask for usage in streams (`stream_options`). False for servers that refuse the parameter."""
+
+    @field_validator("api_version", mode="before")
+    @classmethod
+    def _date(cls, value: Any) -> Any:
+        # YAML reads 2024-10-21 as a date; Azure's versions look like that.
+        return value.isoformat() if isinstance(value, date) else value
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -153,7 +160,12 @@ class Settings(BaseSettings):
     """Every setting that the environment can carry; field names in capitals are the variables."""
 
     model_config = SettingsConfigDict(
-        env_file=".env", env_file_encoding="utf-8", extra="ignore", frozen=True, env_ignore_empty=True
+        env_file=".env",
+        env_file_encoding="utf-8",
+        extra="ignore",
+        frozen=True,
+        env_ignore_empty=True,
+        allow_inf_nan=False,
     )
 
     # Where it listens

@@ -33,6 +33,8 @@ from service.telemetry import exposition
 KEEP_ALIVE_SECONDS = 75
 """Longer than the idle time of the usual load balancers, so that it is they who close."""
 
+HEAR_OUT_SECONDS = 1.0
+
 log = structlog.get_logger("weir")
 
 
@@ -56,6 +58,23 @@ class WeirServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         _settle_memory()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for listener in (*self.servers, *(sockets or ())):
+            listener.close()
+        await self._hear_out()
+        await super().shutdown(sockets)
+
+    async def _hear_out(self) -> None:
+        """Wait for the first requests of callers whose connection was accepted just now.
+
+        uvicorn would close connections without a request at once, and their callers would see a reset.
+        """
+        until = time.monotonic() + HEAR_OUT_SECONDS
+        while time.monotonic() < until and any(
+            getattr(connection, "cycle", None) is None for connection in self.server_state.connections
+        ):
+            await asyncio.sleep(0.02)
 
     async def on_tick(self, counter: int) -> bool:
         if self._exit_at is not None and time.monotonic() >= self._exit_at:

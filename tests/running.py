@@ -193,14 +193,17 @@ class WeirProcess:
                 lambda: any(text in line for line in self.lines) or self.process.poll() is not None, 30
             )
             lines = [line for line in self.lines if text in line]
-            assert found and lines, (self.lines, self.error_lines)
+            assert found
+            assert lines, (self.lines, self.error_lines)
             return lines[0]
 
     def wait_until_ready(self, workers: int = 1) -> None:
         with self._changed:
             assert self._changed.wait_for(
-                lambda: sum("Application startup complete" in line for line in self.lines) >= workers
-                or self.process.poll() is not None,
+                lambda: (
+                    sum("Application startup complete" in line for line in self.lines) >= workers
+                    or self.process.poll() is not None
+                ),
                 60,
             )
         assert self.process.poll() is None, (self.lines, self.error_lines)

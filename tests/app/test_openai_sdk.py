@@ -142,7 +142,10 @@ def test_answer_bytes_are_passed_back_as_they_came(weir: RunningWeir, upstream: 
 def test_whole_request_bytes_are_passed_on_as_they_came(weir: RunningWeir, upstream: FakeUpstream) -> None:
     body = b'{ "model":"echo" ,\n "messages": [{"role":"user","content":"hi"}], "odd": 1e3 }'
     weir.sdk().post(
-        "/chat/completions", content=body, cast_to=object, options={"headers": {"content-type": "application/json"}}
+        "/chat/completions",
+        content=body,
+        cast_to=object,
+        options={"headers": {"content-type": "application/json"}},
     )
     assert upstream.requests[0].body == body
 
@@ -154,9 +157,7 @@ def test_streamed_request_is_changed_by_nothing_but_the_option(
     weir.sdk().with_options(max_retries=0)._client.post(
         f"{weir.url}/v1/chat/completions", content=body, headers={"content-type": "application/json"}
     ).read()
-    assert upstream.requests[0].body == body.replace(
-        b"{", b'{"stream_options":{"include_usage":true},', 1
-    )
+    assert upstream.requests[0].body == body.replace(b"{", b'{"stream_options":{"include_usage":true},', 1)
 
 
 def test_tool_calls_whole_and_streamed(weir: RunningWeir) -> None:

@@ -41,9 +41,7 @@ def test_it_says_everywhere_that_it_is_no_model(weir: RunningWeir) -> None:
 @pytest.mark.parametrize(
     ("model", "kind"), [("sim-429", openai.RateLimitError), ("sim-500", openai.InternalServerError)]
 )
-def test_its_failures_are_those_of_an_upstream(
-    model: str, kind: type[openai.APIStatusError]
-) -> None:
+def test_its_failures_are_those_of_an_upstream(model: str, kind: type[openai.APIStatusError]) -> None:
     with RunningWeir(configuration(openai_max_retries=0)) as weir, pytest.raises(kind):
         weir.sdk().chat.completions.create(model=model, messages=[{"role": "user", "content": "Hi"}])
 

@@ -102,7 +102,13 @@ def test_half_an_event_is_never_passed_on(weir: RunningWeir) -> None:
 
 @pytest.mark.parametrize(
     ("model", "status"),
-    [("error-first", 502), ("empty-stream", 502), ("stall-first", 504), ("refuse-stream", 502), ("html", 502)],
+    [
+        ("error-first", 502),
+        ("empty-stream", 502),
+        ("stall-first", 504),
+        ("refuse-stream", 502),
+        ("html", 502),
+    ],
 )
 def test_nothing_is_sent_before_the_first_event_so_its_failure_is_a_status(
     upstream: FakeUpstream, weir: RunningWeir, model: str, status: int

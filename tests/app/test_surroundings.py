@@ -37,7 +37,9 @@ def guarded(upstream: FakeUpstream) -> Iterator[RunningWeir]:
         yield running
 
 
-def post(weir: RunningWeir, body: Any = None, path: str = "/v1/chat/completions", **more: Any) -> httpx2.Response:
+def post(
+    weir: RunningWeir, body: Any = None, path: str = "/v1/chat/completions", **more: Any
+) -> httpx2.Response:
     body = {"model": "gpt-4o-mini", "messages": HELLO} if body is None else body
     return httpx2.post(weir.url + path, json=body, timeout=20, **more)
 
@@ -170,9 +172,7 @@ def test_a_model_that_is_not_configured_is_404(upstream: FakeUpstream) -> None:
 def test_a_body_that_is_too_large_is_413(upstream: FakeUpstream) -> None:
     with RunningWeir(configuration(openai_base_url=upstream.base_url, max_body_bytes=2048)) as weir:
         with pytest.raises(openai.APIStatusError) as caught:
-            weir.sdk().chat.completions.create(
-                model="m", messages=[{"role": "user", "content": "x" * 4096}]
-            )
+            weir.sdk().chat.completions.create(model="m", messages=[{"role": "user", "content": "x" * 4096}])
         assert (caught.value.status_code, caught.value.code) == (413, "request_too_large")
 
         def chunks() -> Iterator[bytes]:
@@ -272,7 +272,9 @@ def test_a_wrong_key_is_401_for_the_sdk(guarded: RunningWeir, upstream: FakeUpst
 
 
 @pytest.mark.parametrize("header", [None, "", "Basic abc", KEY, f"Token {KEY}"])
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/api/v1/chat", "/v1/models", "/api/v1/conversations"])
+@pytest.mark.parametrize(
+    "path", ["/v1/chat/completions", "/api/v1/chat", "/v1/models", "/api/v1/conversations"]
+)
 def test_without_a_key_nothing_is_served(guarded: RunningWeir, path: str, header: str | None) -> None:
     headers = {} if header is None else {"Authorization": header}
     method = "POST" if "chat" in path else "GET"

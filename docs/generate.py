@@ -1,0 +1,97 @@
+"""Writes the tables of the docs from the code; `make docs` runs it, and a test compares.
+
+Each table stands between `<!-- NAME -->` and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry
+
+from service.config import Settings
+from service.errors import catalogue
+from service.telemetry import Metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def settings() -> str:
+    rows = ["| setting | default | what it is |", "|---|---|---|"]
+    for name, field in Settings.model_fields.items():
+        rows.append(f"| `{name.upper()}` | {_default(field.default)} | {field.description} |")
+    return "\n".join(rows)
+
+
+def errors() -> str:
+    rows = ["| status | code | retry | what a caller should do |", "|---|---|---|---|"]
+    seen = set()
+    for error in sorted(catalogue(), key=lambda e: (e.status, e.code)):
+        if (error.status, error.code) not in seen:
+            seen.add((error.status, error.code))
+            retry = "yes" if error.retry else "no"
+            rows.append(f"| {error.status} | `{error.code}` | {retry} | {error.advice} |")
+    return "\n".join(rows)
+
+
+def metrics() -> str:
+    registry = CollectorRegistry()
+    Metrics(registry, "0")
+    rows = ["| metric | type | what it counts |", "|---|---|---|"]
+    for family in sorted(registry.collect(), key=lambda f: f.name):
+        if family.name.startswith("process_"):
+            continue  # prometheus-client's own, and only on Linux
+        name = family.name + ("_total" if family.type == "counter" else "")
+        rows.append(f"| `{name}` | {family.type} | {family.documentation} |")
+    return "\n".join(rows)
+
+
+def example() -> str:
+    """The `.env.example`: every setting, commented out, with its default."""
+    lines = ["# Every setting with its default; copy to .env and uncomment what you change."]
+    for name, field in Settings.model_fields.items():
+        value = "" if field.default in (None, ()) else str(field.default)
+        lines += ["", f"# {field.description}", f"#{name.upper()}={_plain(value)}"]
+    return "\n".join(lines) + "\n"
+
+
+TABLES = {"settings": settings, "errors": errors, "metrics": metrics}
+
+
+def with_tables(text: str) -> str:
+    """`text` with its tables made anew."""
+    return re.sub(
+        r"<!-- (\w+) -->\n.*?<!-- end -->",
+        lambda found: f"<!-- {found[1]} -->\n{TABLES[found[1]]()}\n<!-- end -->",
+        text,
+        flags=re.DOTALL,
+    )
+
+
+def stale() -> list[Path]:
+    """The files that are not as the code is."""
+    pages = [p for p in (ROOT / "docs").glob("*.md") if with_tables(p.read_text()) != p.read_text()]
+    if (ROOT / ".env.example").read_text() != example():
+        pages.append(ROOT / ".env.example")
+    return pages
+
+
+def main() -> int:
+    for page in (ROOT / "docs").glob("*.md"):
+        page.write_text(with_tables(page.read_text()))
+    (ROOT / ".env.example").write_text(example())
+    return 0
+
+
+def _default(value: object) -> str:
+    return "-" if value in (None, ()) else f"`{_plain(str(value))}`"
+
+
+def _plain(value: str) -> str:
+    return value.lower() if value in ("True", "False") else value
+
+
+if __name__ == "__main__":
+    sys.exit(main())
