@@ -71,7 +71,7 @@ class WeirServer(uvicorn.Server):
         uvicorn would close connections without a request at once, and their callers would see a reset.
         """
         until = time.monotonic() + HEAR_OUT_SECONDS
-        while time.monotonic() < until and any(
+        while time.monotonic() < until and any(  # noqa: ASYNC110  # uvicorn has no event for it
             getattr(connection, "cycle", None) is None for connection in self.server_state.connections
         ):
             await asyncio.sleep(0.02)

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def settings(**values: Any) -> Settings:
     """Settings from `values` alone: neither the environment nor `.env` gets in."""
-    return Settings(_env_file=None, **values)
+    return Settings(_env_file=None, **values)  # type: ignore[call-arg]  # pydantic-settings takes it
 
 
 def configuration(
@@ -74,14 +74,14 @@ class RunningWeir:
 
     def sdk(self, **options: Any) -> openai.OpenAI:
         """The official client, without its own retries unless asked for."""
-        return openai.OpenAI(
-            **{"base_url": f"{self.url}/v1", "api_key": "any", "max_retries": 0, "timeout": 20} | options
-        )
+        return openai.OpenAI(**self._options(options))
 
     def async_sdk(self, **options: Any) -> openai.AsyncOpenAI:
-        return openai.AsyncOpenAI(
-            **{"base_url": f"{self.url}/v1", "api_key": "any", "max_retries": 0, "timeout": 20} | options
-        )
+        return openai.AsyncOpenAI(**self._options(options))
+
+    def _options(self, options: dict[str, Any]) -> dict[str, Any]:
+        base = {"base_url": f"{self.url}/v1", "api_key": "any", "max_retries": 0, "timeout": 20}
+        return base | options
 
     def records(self, count: int = 1) -> list[RequestRecord]:
         """The ledger, once it has at least `count` records."""

@@ -45,7 +45,7 @@ def test_a_turn_answers_with_all_that_a_caller_needs(api: httpx2.Client, weir: R
     assert answer["tokens_used"] == 18
     assert answer["usage"]["cached_input_tokens"] == 4
     assert answer["cost_estimate"] is None, "the fake's host has no price"
-    assert uuid.UUID(answer["conversation_id"])
+    assert str(uuid.UUID(answer["conversation_id"])) == answer["conversation_id"]
     assert answer["request_id"] == weir.records()[0].request_id
 
 

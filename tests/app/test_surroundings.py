@@ -369,7 +369,7 @@ def test_one_canonical_line_a_request(weir: RunningWeir) -> None:
         httpx2.get(f"{weir.url}/nowhere")
         weir.in_loop(lambda: None)
     first, second = (entry for entry in lines if entry["event"] == "request")
-    assert first | {"ms": 0, "ttft_ms": None} == {
+    assert {**first, "ms": 0, "ttft_ms": None} == {
         "event": "request",
         "log_level": "info",
         "method": "POST",

@@ -14,7 +14,7 @@ from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import IO, Final, NamedTuple, Self
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 _STOP_SECONDS: Final = 10.0
