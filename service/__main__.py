@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 
 from service import __version__
 from service.auth import hash_key, make_key
@@ -49,7 +50,7 @@ def _serve(configuration: Configuration, *, welcome: bool) -> int:
     if settings.worker_count == 1:
         from service.serve import serve
 
-        serve(configuration, say=print if welcome else None)
+        serve(configuration, say=partial(print, flush=True) if welcome else None)
         return 0
     directory, master = tempfile.mkdtemp(prefix="weir-metrics-"), os.getpid()
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory

@@ -24,7 +24,8 @@ request_id_of_task: ContextVar[str] = ContextVar("request_id_of_task", default="
 _UNWRITABLE: Final = (TypeError, ValueError, RecursionError)
 """What has no form in JSON: an unknown type, half a surrogate pair, a list inside itself."""
 _LEVELS: Final = logging.getLevelNamesMapping()
-_QUIET: Final = ("uvicorn.access", "httpx2", "httpcore2", "openai", "asyncio")
+_QUIET: Final = ("uvicorn.error", "uvicorn.access", "httpx2", "httpcore2", "openai", "asyncio")
+"""What they say below a warning, our own events say better."""
 
 
 def configure(level: str, form: Literal["auto", "json", "console"]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import signal
 import socket
 import threading
@@ -41,8 +42,15 @@ log = structlog.get_logger("weir")
 class WeirServer(uvicorn.Server):
     """uvicorn's server with a drain: readiness first, then the listeners, then what runs."""
 
-    def __init__(self, config: uvicorn.Config, lifecycle: Lifecycle, drain_delay_seconds: float) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        lifecycle: Lifecycle,
+        drain_delay_seconds: float,
+        on_ready: Callable[[], None] = lambda: None,
+    ) -> None:
         super().__init__(config)
+        self._on_ready = on_ready
         self._lifecycle = lifecycle
         self._drain_delay = drain_delay_seconds
         self._exit_at: float | None = None
@@ -57,9 +65,14 @@ class WeirServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        if not self.started:
+            return
         _settle_memory()
+        log.info("ready", pid=os.getpid())
+        self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        log.info("draining", connections=len(self.server_state.connections))
         for listener in (*self.servers, *(sockets or ())):
             listener.close()
         await self._hear_out()
@@ -132,10 +145,14 @@ def serve(configuration: Configuration, say: Callable[[str], None] | None = None
     try:
         app = create_app(configuration, registry=registry, lifecycle=lifecycle)
         announce(configuration, address(listener), address(admin_listener))
-        if say is not None:
-            say(welcome(configuration, address(listener), address(admin_listener)))
-        config = server_config(app, configuration)
-        WeirServer(config, lifecycle, settings.drain_delay).run(sockets=[listener])
+        told = welcome(configuration, address(listener), address(admin_listener))
+        server = WeirServer(
+            server_config(app, configuration),
+            lifecycle,
+            settings.drain_delay,
+            on_ready=lambda: say(told) if say is not None else None,
+        )
+        server.run(sockets=[listener])
     finally:
         admin.stop()
     log.info("stopped")

@@ -201,7 +201,7 @@ class WeirProcess:
         with self._changed:
             assert self._changed.wait_for(
                 lambda: (
-                    sum("Application startup complete" in line for line in self.lines) >= workers
+                    sum('"event":"ready"' in line for line in self.lines) >= workers
                     or self.process.poll() is not None
                 ),
                 60,

@@ -39,7 +39,7 @@ def sdk(weir: WeirProcess) -> openai.OpenAI:
 
 def test_it_starts_with_nothing_and_says_what_to_try() -> None:
     with WeirProcess("serve", "--welcome", SIMULATOR_TOKENS_PER_SECOND="10000") as weir:
-        weir.wait_until_ready()
+        weir.wait_for_line("Stop with Ctrl-C")
         told = "\n".join(weir.lines)
         assert f"curl {weir.url}/v1/chat/completions" in told
         assert f"{weir.url}/docs" in told

@@ -191,7 +191,7 @@ async def test_odd_whitespace_and_unknown_fields_of_an_answer_stay(
 
 
 async def test_unknown_parameters_go_on_to_the_upstream(asked: Upstream, upstream: FakeUpstream) -> None:
-    strange: dict[str, Any] = {"x_strange": {"deep": [1, None, "ä"]}, "temperature": 0.25, "logit_bias": {"50256": -100}}
+    strange: dict[str, Any] = {"x_strange": {"deep": [1, None, "ä"]}, "logit_bias": {"50256": -100}}
     asked_for = call("gpt-4o-mini", **strange)
     await whole(asked, asked_for)
     assert upstream.requests[0].json == json.loads(asked_for.body)
@@ -370,9 +370,7 @@ async def test_an_error_in_several_packets_keeps_its_words_and_hides_the_key(mak
 @pytest.mark.parametrize("make", OVER_HTTP)
 async def test_an_error_that_breaks_off_still_has_its_status(make: Make) -> None:
     async def answer(writer: asyncio.StreamWriter) -> None:
-        writer.write(
-            b"HTTP/1.1 429 Slow\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n{"
-        )
+        writer.write(b"HTTP/1.1 429 Slow\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n{")
         await writer.drain()
 
     async with server(answer) as origin:
@@ -518,6 +516,16 @@ async def test_a_cancelled_call_is_given_up_at_the_upstream(
     with pytest.raises(asyncio.CancelledError):
         await asking
     assert await cancelled(seen)
+
+
+async def test_an_answer_of_another_form_is_given_up_at_the_upstream(
+    asked: Upstream, upstream: FakeUpstream
+) -> None:
+    asked_for = call("stall-first")
+    asked_for.stream = True  # its body asks for a whole answer, and that is what comes, without an end
+    with pytest.raises(UpstreamProtocolError):
+        await asked.send(asked_for)
+    assert await cancelled(upstream.calls[0])
 
 
 @pytest.mark.parametrize("model", ["stall", "endless", "gate-stream"])
