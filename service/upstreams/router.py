@@ -96,4 +96,4 @@ def _provider_at(base_url: str) -> str:
 
 
 def _clean(model: str) -> str:
-    return model if _CLEAN_NAME.fullmatch(model) else model.encode("ascii", "backslashreplace").decode()[:200]
+    return model if _CLEAN_NAME.fullmatch(model) else model.encode("unicode_escape").decode()[:200]
