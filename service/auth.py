@@ -33,10 +33,16 @@ class KeyRing:
     """API keys by their hashes; `replace` swaps all of them at once while requests go on."""
 
     def __init__(self, keys: Iterable[KeyConfig]) -> None:
+        self._principals: dict[bytes, Principal] = {}
         self.replace(keys)
 
-    def replace(self, keys: Iterable[KeyConfig]) -> None:
-        self._principals = {bytes.fromhex(k.sha256): Principal(name=k.name, tenant=k.tenant) for k in keys}
+    def replace(self, keys: Iterable[KeyConfig]) -> bool:
+        """True if that changed anything."""
+        before, self._principals = (
+            self._principals,
+            {bytes.fromhex(k.sha256): Principal(name=k.name, tenant=k.tenant) for k in keys},
+        )
+        return before != self._principals
 
     def __len__(self) -> int:
         return len(self._principals)

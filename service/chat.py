@@ -226,10 +226,13 @@ class Exchange:
         deadline = loop.time() + limits.timeout_seconds
         while True:
             record.attempts += 1
-            began = loop.time()
             try:
-                with Deadline(self.sweep, deadline, _late):
-                    await self._attempt(call, target, keep_text)
+                began = loop.time()
+                try:
+                    with Deadline(self.sweep, deadline, _late):
+                        await self._attempt(call, target, keep_text)
+                finally:
+                    record.upstream_seconds += loop.time() - began
                 self._service.recorder.attempted(record, None)
                 return
             except UpstreamError as error:
@@ -240,8 +243,6 @@ class Exchange:
                 if spent or not error.retry or pause > RETRY_AFTER_MOST_SECONDS:
                     raise
                 await asyncio.sleep(pause)
-            finally:
-                record.upstream_seconds += loop.time() - began
 
     async def _attempt(self, call: Call, target: Target, keep_text: bool) -> None:
         record = self.record

@@ -45,6 +45,9 @@ _KEY: Final = re.compile(r"[\x21-\x7e]+")
 """What a header can carry: a line end at the end of a key would fail every request."""
 
 
+_CREDENTIALS: Final = re.compile(r"//[^/@]*@")
+"""In an address; people put them there though no setting asks for it."""
+
 _Shape = TypeVar("_Shape", bound=BaseModel)
 
 
@@ -583,7 +586,8 @@ def _line(detail: ErrorDetails, shape: type[BaseModel]) -> str:
         annotation = shape.model_fields[field].annotation
         secret = "SecretStr" in str(annotation)
         hint = f" ({shape.model_fields[field].description})"
-        return f"{name.upper()}={'(hidden)' if secret else detail['input']!s}: {message}{hint}"
+        shown = "(hidden)" if secret else _CREDENTIALS.sub("//(hidden)@", str(detail["input"]))
+        return f"{name.upper()}={shown}: {message}{hint}"
     # Not the value of an unknown field either: it may be an `api_key` that has no place here.
     hidden = "keys" in detail["loc"] or detail["type"] == "extra_forbidden"
     value = "" if hidden or isinstance(detail["input"], dict | list) else f" {detail['input']!r}"

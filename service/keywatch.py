@@ -28,7 +28,8 @@ class KeyWatch:
         self._ring = ring
         self._path = path
         self._always = always
-        self._seen = self._mark()
+        # The file may have changed since the start read it: the first look reads it in any case.
+        self._seen: tuple[int, ...] | None = ()
 
     async def run(self) -> None:
         """Look until cancelled."""
@@ -46,8 +47,8 @@ class KeyWatch:
         except ConfigurationError as error:
             log.error("keys_refused", reason=error.message, kept=len(self._ring))
             return
-        self._ring.replace(keys)
-        log.info("keys_replaced", keys=len(keys))
+        if self._ring.replace(keys):
+            log.info("keys_replaced", keys=len(keys))
 
     def _mark(self) -> tuple[int, int, int] | None:
         try:

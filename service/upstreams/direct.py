@@ -69,7 +69,7 @@ class DirectUpstream:
             headers.update(call.headers)
         response = await self._request("POST", self._urls[call.operation], headers, call.body)
         try:
-            if response.status >= 400:
+            if response.status != 200:
                 raise await self._rejection(response)
             check_content_type(
                 response.headers.get("Content-Type", ""), stream=call.stream, status=response.status
@@ -84,7 +84,7 @@ class DirectUpstream:
     async def models(self) -> Sequence[dict[str, Any]]:
         response = await self._request("GET", URL(f"{self._base_url}/models"), self._headers, None)
         try:
-            if response.status >= 400:
+            if response.status != 200:
                 raise await self._rejection(response)
             body = await _read_whole(response)
         finally:

@@ -25,7 +25,11 @@ MAX_RETRY_AFTER_SECONDS: Final = 3_600.0
 def rejection(
     status: int, body: bytes, *, retry_after: str | None, request_id: str | None, secret: str | None
 ) -> UpstreamError:
-    """The error for an HTTP answer of `status` 400 and above. `secret` never shows in its message."""
+    """The error for an HTTP answer of a `status` other than 200. `secret` never shows in its message."""
+    if status < 400:
+        return UpstreamProtocolError(
+            f"The upstream answered {status}, which is no answer to this.", upstream_request_id=request_id
+        )
     seconds = _seconds(retry_after)
     if status in (401, 403):
         return UpstreamMisconfigured(
