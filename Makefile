@@ -14,7 +14,6 @@ run: $(RUN) ## serve on 127.0.0.1:8000 with the simulator; the environment reach
 	@exec $(BIN)/python -m service serve --welcome
 
 test: $(DEV) ## everything that needs no cluster
-	@sh tests/require.sh
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest $(ARGS)
 	@$(BIN)/coverage combine -q
