@@ -195,8 +195,8 @@ def _add_routes(app: FastAPI, weir: Weir) -> dict[str, ASGIApp]:
         endpoint = openai.ModelEndpoint(service, operation, keepalive_seconds=keepalive)
         hot[endpoint.path] = endpoint
     plain = [Route(path, endpoint, methods=["POST"]) for path, endpoint in hot.items()]
-    plain.append(Route("/v1/models", openai.ModelList(service.catalogue), methods=["GET"]))
-    plain.append(Route("/v1/models/{model:path}", openai.ModelShow(service.catalogue), methods=["GET"]))
+    plain.append(Route("/v1/models", openai.ModelList(service), methods=["GET"]))
+    plain.append(Route("/v1/models/{model:path}", openai.ModelShow(service), methods=["GET"]))
     app.router.routes[:0] = plain
     app.include_router(
         native.make_router(
@@ -238,7 +238,12 @@ def _layers(weir: Weir) -> list[Middleware]:
         *([cors] if settings.cors_origins else []),
         Middleware(ErrorMiddleware, debug=settings.debug),
         Middleware(GateMiddleware, weir.adapters.authenticator),
-        Middleware(BodyMiddleware, max_bytes=settings.max_body_bytes, timeout_seconds=settings.body_timeout),
+        Middleware(
+            BodyMiddleware,
+            weir.service.sweep,
+            max_bytes=settings.max_body_bytes,
+            timeout_seconds=settings.body_timeout,
+        ),
     ]
 
 
@@ -261,6 +266,7 @@ def _lifespan(weir: Weir) -> Callable[[FastAPI], AbstractAsyncContextManager[Non
                 keys, path = weir.adapters.authenticator, weir.configuration.settings.weir_keys_file
                 if isinstance(keys, KeyRing) and path is not None:
                     watch = KeyWatch(keys, path, weir.configuration.file.keys)
+                    watch.look()
                     running.append(tasks.create_task(watch.run()))
                 weir.lifecycle.started = True
                 yield

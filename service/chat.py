@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -18,6 +18,7 @@ import msgspec
 from service.deadlines import Deadline, IdleTimeout, Sweep
 from service.domain import Call, Operation, Outcome, Principal, RequestRecord, Usage, UsageSource
 from service.errors import (
+    CallerGone,
     InvalidRequest,
     ShuttingDown,
     StreamTruncated,
@@ -42,6 +43,8 @@ BACKOFF_SECONDS: Final = 0.5
 BACKOFF_MOST_SECONDS: Final = 8.0
 RETRY_AFTER_MOST_SECONDS: Final = 10.0
 """An upstream that asks for a longer pause gets it from the caller, who is told so."""
+MODEL_LETTERS: Final = 200
+"""Of a model's name, which a caller may make as long as it likes."""
 END_SECONDS: Final = 1.0
 """How long the end of a connection may lag behind the stream's own end mark."""
 
@@ -124,6 +127,7 @@ class Exchange:
 
     __slots__ = (
         "_call",
+        "_delivered",
         "_first",
         "_first_token_at",
         "_meter",
@@ -132,6 +136,7 @@ class Exchange:
         "_stream",
         "_target",
         "_traceparent",
+        "_unanswered",
         "record",
         "sweep",
         "whole",
@@ -149,6 +154,8 @@ class Exchange:
         self._meter: StreamMeter | None = None
         self._first = b""
         self._first_token_at: float | None = None
+        self._unanswered = False
+        self._delivered = False
 
     async def __aenter__(self) -> Self:
         self._started = time.perf_counter()
@@ -159,13 +166,13 @@ class Exchange:
         """Returns once the whole answer, or the first event of its stream, is there."""
         record, service = self.record, self._service
         self._call = call
-        record.request_model, record.stream = call.model, call.stream
+        record.request_model, record.stream = call.model[:MODEL_LETTERS], call.stream
         target = self._target = service.catalogue.resolve(call.model)
         record.upstream, record.provider = target.upstream.name, target.upstream.provider
         await service.limiter.admit(record.principal)
         await self._ask(_addressed(call, target), target, keep_text)
 
-    async def events(self) -> AsyncIterator[bytes]:
+    async def events(self) -> AsyncGenerator[bytes]:
         """The stream's whole events, one or more at a time, as the upstream sent them.
 
         Raises UpstreamError when the stream does not end as its protocol wants.
@@ -174,8 +181,7 @@ class Exchange:
         if stream is None or meter is None:
             return
         yield self._first
-        if meter.error is not None:
-            raise meter.error
+        meter.check()
         with IdleTimeout(self.sweep, self._service.limits.idle_seconds, _stalled) as idle:
             while not meter.done:
                 idle.waiting()
@@ -185,8 +191,8 @@ class Exchange:
                 self._note_first_token(meter)
                 if block:
                     yield block
-                if meter.error is not None:
-                    raise meter.error
+                meter.check()
+        self._delivered = True
         await self._read_end(stream)
 
     def take_text(self) -> str:
@@ -198,6 +204,10 @@ class Exchange:
     ) -> None:
         record = self.record
         record.outcome, record.error_code = _outcome(raised)
+        if self._delivered and record.outcome is Outcome.CLIENT_DISCONNECTED:
+            record.outcome, record.error_code = Outcome.SUCCESS, None  # it had all of it
+        if self._unanswered and isinstance(raised, CallerGone):
+            self._service.recorder.attempted(record, raised)
         record.duration_seconds = time.perf_counter() - self._started
         try:
             if self._stream is not None:
@@ -213,9 +223,11 @@ class Exchange:
 
     async def settle(self) -> None:
         """Close the record: usage and cost, metrics and span, ledger."""
-        self.count()
-        self._service.recorder.closed(self.record)
-        await self._service.ledger.enter(self.record)
+        try:
+            self.count()
+        finally:  # a failed estimate must not keep the record out of the books
+            self._service.recorder.closed(self.record)
+            await self._service.ledger.enter(self.record)
 
     # -- asking ----------------------------------------------------------------------------------
 
@@ -227,15 +239,18 @@ class Exchange:
         while True:
             record.attempts += 1
             try:
-                began = loop.time()
+                began, self._unanswered = loop.time(), True
                 try:
                     with Deadline(self.sweep, deadline, _late):
                         await self._attempt(call, target, keep_text)
                 finally:
                     record.upstream_seconds += loop.time() - began
+                self._unanswered = False
                 self._service.recorder.attempted(record, None)
                 return
             except UpstreamError as error:
+                # Past the deadline the upstream may still be at it; any other failure is its last word.
+                self._unanswered = loop.time() >= deadline
                 self._service.recorder.attempted(record, error)
                 record.upstream_request_id = error.upstream_request_id
                 pause = _pause(record.attempts, error)
@@ -287,12 +302,15 @@ class Exchange:
             record.finish_reason = meter.finish_reason
             record.usage = meter.usage or meter.usage_or_estimate(self._estimated_input())
             self._note_pace()
-        elif record.usage is None and (self.whole is not None or self._was_heard()):
+        elif record.usage is None and (self.whole is not None or self._unanswered):
+            # Unanswered: the upstream got the question, and counts it though nobody heard its answer.
             record.usage = Usage(
                 input_tokens=self._estimated_input(),
                 output_tokens=estimate_answer(self.whole) if self.whole is not None else 0,
                 source=UsageSource.ESTIMATED,
             )
+        if record.operation is Operation.RESPONSES and record.finish_reason == "failed":
+            record.outcome, record.error_code = Outcome.UPSTREAM_ERROR, "response_failed"
         if record.usage is not None:
             record.cost = self._service.prices.cost(
                 record.request_model, record.provider, record.response_model, record.usage
@@ -313,13 +331,8 @@ class Exchange:
         except InvalidRequest:
             return 0
 
-    def _was_heard(self) -> bool:
-        """The upstream got the question and nobody heard its answer: it counts the tokens all the same."""
-        unheard = (Outcome.CLIENT_DISCONNECTED, Outcome.TIMEOUT)
-        return self.record.attempts > 0 and self.record.outcome in unheard
 
-
-def read_call(operation: Operation, body: bytes, *, default_model: str | None = None) -> Call:
+def read_call(operation: Operation, body: bytes) -> Call:
     """A caller's body as a Call. Raises InvalidRequest, which names the field."""
     try:
         fields = _decode_fields(body)
@@ -327,13 +340,12 @@ def read_call(operation: Operation, body: bytes, *, default_model: str | None = 
         raise InvalidRequest(f"The body is not as it must be: {error}.", param=_path_in(str(error))) from None
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"The body is not JSON: {error}.") from None
-    model = fields.model or default_model
-    if not model:
+    if not fields.model:
         raise InvalidRequest("The body names no model.", param="model")
     options = fields.stream_options
     return Call(
         operation=operation,
-        model=model,
+        model=fields.model,
         body=body,
         stream=bool(fields.stream) and operation is not Operation.EMBEDDINGS,
         usage_shown=bool(options and options.get("include_usage")),
@@ -366,8 +378,7 @@ async def _first_events(answer: StreamedAnswer, meter: StreamMeter) -> bytes:
             raise UpstreamError("The upstream ended the stream before its first event.") from None
         if meter.events:
             return block
-        if meter.error is not None:
-            raise meter.error
+        meter.check()
 
 
 def _addressed(call: Call, target: Target) -> Call:

@@ -45,6 +45,7 @@ _KEY: Final = re.compile(r"[\x21-\x7e]+")
 """What a header can carry: a line end at the end of a key would fail every request."""
 
 
+_OPENAI_KEY: Final = re.compile(r"sk-[A-Za-z0-9_-]{5,}")
 _CREDENTIALS: Final = re.compile(r"//[^/@]*@")
 """In an address; people put them there though no setting asks for it."""
 
@@ -373,9 +374,10 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _openai_key_fits(self) -> Self:
-        if not self.uses_simulator and urlsplit(self.effective_base_url).hostname == OPENAI_HOST:
+        # With a YAML file the upstreams are those of the file; `api_key` looks at each.
+        if not self.uses_simulator and self.weir_config is None and _is_openai(self.effective_base_url):
             key = self.openai_api_key.get_secret_value() if self.openai_api_key else ""
-            if not re.fullmatch(r"sk-[A-Za-z0-9_-]{5,}", key):
+            if not _OPENAI_KEY.fullmatch(key):
                 raise ValueError(
                     "OPENAI_API_KEY (its value is not shown) must be a key that begins with `sk-` "
                     f"for {OPENAI_HOST}; for another host set OPENAI_BASE_URL"
@@ -453,6 +455,11 @@ class Configuration(_File):
             raise ConfigurationError(
                 f"upstream {upstream.name!r}: its key (not shown) in "
                 f"{upstream.api_key_file or upstream.api_key_env} must be one word of ASCII letters"
+            )
+        if upstream.base_url and _is_openai(upstream.base_url) and not _OPENAI_KEY.fullmatch(key):
+            raise ConfigurationError(
+                f"upstream {upstream.name!r}: its key (not shown) in "
+                f"{upstream.api_key_file or upstream.api_key_env} must begin with `sk-` for {OPENAI_HOST}"
             )
         return key
 
@@ -556,9 +563,17 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def _is_openai(base_url: str) -> bool:
+    return urlsplit(base_url).hostname == OPENAI_HOST
+
+
 def _check_http_url(url: str) -> None:
     parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # a port that is none
+        good = False
+    if not good:
         raise ValueError("must be a URL such as https://host/v1")
 
 

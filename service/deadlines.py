@@ -36,11 +36,16 @@ class Interrupt:
 
     def translate(self, kind: type[BaseException] | None) -> None:
         """Raises the error, if it was fired and `kind` is the cancellation that it caused."""
-        if self._task is None or self.error is None:
+        task, error = self._task, self.error
+        self._task = self.error = None  # nothing fires any more, and no cycle keeps the request alive
+        if task is None or error is None:
             return
-        ours = self._task.uncancel() <= self._cancelling
-        if ours and kind is asyncio.CancelledError:
-            raise self.error from None
+        ours = task.uncancel() <= self._cancelling
+        try:
+            if ours and kind is asyncio.CancelledError:
+                raise error from None
+        finally:
+            del error
 
 
 class Entry(Protocol):

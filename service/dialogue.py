@@ -45,6 +45,8 @@ class Opening(msgspec.Struct):
     conversation_id: str
     question: Message
     system_prompt: str | None
+    """The caller's, if this turn brought one."""
+    begins: bool
 
 
 class Dialogue:
@@ -76,7 +78,8 @@ class Dialogue:
             call=self._call(request, model, system_prompt, (*history, question), stream=stream),
             conversation_id=known.id if known else str(uuid.uuid4()),
             question=question,
-            system_prompt=system_prompt,
+            system_prompt=request.system_prompt,
+            begins=known is None,
         )
 
     async def keep(self, opening: Opening, answer: str, record: RequestRecord) -> None:
@@ -88,7 +91,11 @@ class Dialogue:
             cost_usd=record.cost.usd,
         )
         await self._conversations.append(
-            record.principal, opening.conversation_id, turn, opening.system_prompt
+            record.principal,
+            opening.conversation_id,
+            turn,
+            opening.system_prompt,
+            begin=opening.begins,
         )
 
     async def show(self, principal: Principal, conversation_id: str) -> Conversation:

@@ -265,7 +265,10 @@ class UpstreamRejected(UpstreamError):
     def body(self) -> dict[str, Any]:
         envelope = super().body()["error"]
         envelope["code"] = "upstream_rejected"
-        envelope.update({k: v for k, v in self.error.items() if k in ("type", "param", "code")})
+        for name in ("type", "param", "code"):
+            given = self.error.get(name, envelope[name])
+            # Some servers number their codes, and the SDK wants a string or nothing.
+            envelope[name] = str(given) if isinstance(given, str | int) else None
         return {"error": {**envelope, "message": self.message}}
 
 

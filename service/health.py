@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import msgspec
 
 from service.domain import Outcome, RequestRecord
-from service.errors import WeirError
+from service.errors import CallerGone, WeirError
 
 
 class UpstreamState(msgspec.Struct):
@@ -30,7 +30,7 @@ class UpstreamHealth:
 
     def attempted(self, record: RequestRecord, error: WeirError | None) -> None:
         state = self.states.get(record.upstream)
-        if state is None:
+        if state is None or isinstance(error, CallerGone):
             return
         if error is None or error.outcome is Outcome.CLIENT_ERROR:
             state.status, state.last_success_at = "ok", self._clock()

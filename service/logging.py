@@ -28,6 +28,10 @@ _QUIET: Final = ("uvicorn.error", "uvicorn.access", "httpx2", "httpcore2", "open
 """What they say below a warning, our own events say better."""
 
 
+_TRACEBACK: Final = structlog.tracebacks.ExceptionDictTransformer(show_locals=False, max_frames=20)
+"""Without local variables: keys and prompts are among them."""
+
+
 def configure(level: str, form: Literal["auto", "json", "console"]) -> None:
     """Set up all logging of this process; may be called again to change it."""
     console = form == "console" or (form == "auto" and sys.stdout.isatty())
@@ -38,9 +42,13 @@ def configure(level: str, form: Literal["auto", "json", "console"]) -> None:
     ]
     render: list[Processor]
     if console:
-        render = [structlog.dev.ConsoleRenderer(colors=sys.stdout.isatty())]
+        render = [
+            structlog.dev.ConsoleRenderer(
+                colors=sys.stdout.isatty(), exception_formatter=structlog.dev.plain_traceback
+            )
+        ]
     else:
-        render = [structlog.processors.dict_tracebacks, _render_json]
+        render = [structlog.processors.ExceptionRenderer(_TRACEBACK), _render_json]
     number = _LEVELS[level.upper()]
     structlog.configure(
         processors=[*shared, *render],

@@ -158,6 +158,7 @@ class StreamMeter:
         self._ascii_letters = 0
         self._other_letters = 0
         self._text: list[str] = []
+        self._failed = False
         self.done = False
         self.error: UpstreamError | None = None
         self.usage: Usage | None = None
@@ -168,10 +169,20 @@ class StreamMeter:
         self.events = 0
         """Good events so far, comments not counted."""
 
+    def check(self) -> None:
+        """Raises `error`, if there is one, and forgets it: kept, it would keep the whole request alive."""
+        error, self.error = self.error, None
+        if error is not None:
+            self._failed = True
+            try:
+                raise error
+            finally:
+                del error
+
     @property
     def over(self) -> bool:
         """Nothing that comes now matters: the stream ended, well or not."""
-        return self.done or self.error is not None
+        return self.done or self._failed or self.error is not None
 
     def feed(self, data: bytes) -> bytes:
         """Take `data`; return what of the stream can go to the caller now, maybe nothing."""
@@ -297,7 +308,7 @@ class StreamMeter:
         if delta.reasoning_content:
             self._count_letters(delta.reasoning_content)
         if delta.refusal:
-            self._count_letters(delta.refusal)
+            self._note_text(delta.refusal, index)
         for call in delta.tool_calls or ():
             if call.function is not None:
                 self._count_letters(call.function.arguments or "")
@@ -331,16 +342,18 @@ class StreamMeter:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """The strings in an answer that a model wrote."""
-    if isinstance(value, list):
-        for item in value:
-            yield from _texts(item)
-    elif isinstance(value, dict):
-        for name, item in value.items():
-            if isinstance(item, str) and name in _WRITTEN:
-                yield item
-            else:
-                yield from _texts(item)
+    """The strings in an answer that a model wrote. Not recursive: its depth is the upstream's choice."""
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, list):
+            waiting.extend(item)
+        elif isinstance(item, dict):
+            for name, part in item.items():
+                if isinstance(part, str) and name in _WRITTEN:
+                    yield part
+                else:
+                    waiting.append(part)
 
 
 def _data_of(event: bytes) -> bytes | None:

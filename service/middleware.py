@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.api.context import SCOPE_KEY, RequestContext, context_of
 from service.api.openai import send_json
 from service.api.sse import error_event
+from service.deadlines import Deadline, Sweep
 from service.domain import Outcome, RequestRecord
 from service.errors import (
     BodyTooLarge,
@@ -88,6 +89,8 @@ class RequestContextMiddleware:
             if context.status is None:  # the first message is the head
                 context.status = message["status"]
                 message["headers"] = [*message["headers"], *_headers(context, message)]
+            elif not message.get("more_body"):
+                context.complete = True
             await send(message)
 
         try:
@@ -134,8 +137,8 @@ class ErrorMiddleware:
         except WeirError as error:
             await answer_error(context_of(scope), send, error)
         except asyncio.CancelledError:
+            # The drain is over, and with this the request: raised further, uvicorn would log a fault.
             await answer_error(context_of(scope), send, ShuttingDown("This server is shutting down."))
-            raise
         except Exception as error:  # the last resort: a fault of ours must not be a silent end
             log.exception("internal_error")
             detail = f" {type(error).__name__}: {error}" if self._debug else ""
@@ -160,13 +163,15 @@ class GateMiddleware:
 class BodyMiddleware:
     """Reads the body, up to a size and within a time, into the request's context."""
 
-    def __init__(self, app: ASGIApp, *, max_bytes: int, timeout_seconds: float) -> None:
+    def __init__(self, app: ASGIApp, sweep: Sweep, *, max_bytes: int, timeout_seconds: float) -> None:
         self._app = app
+        self._sweep = sweep
         self._max_bytes = max_bytes
         self._timeout = timeout_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
+        bodiless = scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS")
+        if bodiless or not scope["path"].startswith(PROTECTED):  # what nobody guards reads no body either
             return await self._app(scope, receive, send)
         context = context_of(scope)
         declared = context.headers.get(b"content-length", b"0")
@@ -178,21 +183,14 @@ class BodyMiddleware:
         await self._app(scope, again, send)
 
     async def _read(self, receive: Receive) -> bytes:
-        message = await receive()
-        if message["type"] == "http.request" and not message.get("more_body"):
-            body: bytes = message.get("body", b"")
-            if len(body) > self._max_bytes:
-                raise self._too_large()
-            return body
-        try:
-            async with asyncio.timeout(self._timeout):
-                return await self._collect(message, receive)
-        except TimeoutError:
-            raise RequestTimeout("The body of your request did not arrive in time.") from None
+        until = asyncio.get_running_loop().time() + self._timeout
+        with Deadline(self._sweep, until, _slow_body):
+            return await self._collect(receive)
 
-    async def _collect(self, message: Message, receive: Receive) -> bytes:
+    async def _collect(self, receive: Receive) -> bytes:
         parts, size = [], 0
         while True:
+            message = await receive()
             if message["type"] == "http.disconnect":
                 raise CallerGone("The caller left before its request was whole.")
             part = message.get("body", b"")
@@ -202,10 +200,13 @@ class BodyMiddleware:
             parts.append(part)
             if not message.get("more_body"):
                 return b"".join(parts)
-            message = await receive()
 
     def _too_large(self) -> BodyTooLarge:
         return BodyTooLarge(f"The body of your request is larger than {self._max_bytes} bytes.")
+
+
+def _slow_body() -> RequestTimeout:
+    return RequestTimeout("The body of your request did not arrive in time.")
 
 
 class _Again:
@@ -242,6 +243,8 @@ class PlainRoutes:
 
 async def answer_error(context: RequestContext, send: Send, error: WeirError) -> None:
     """Send `error`: as an answer, or as the last event of the stream that has begun."""
+    if context.complete:
+        return
     if context.status is None:
         await send_json(send, msgspec.json.encode(error.body()), error.status, _advice(context, error))
         return
@@ -300,7 +303,7 @@ def _route(scope: Scope, context: RequestContext) -> str:
     if context.path in MODEL_ROUTES:
         return context.path
     route = scope.get("route")
-    return getattr(route, "path", None) or scope.get("weir.route") or "none"
+    return getattr(route, "path", None) or "none"
 
 
 def _outcome_of(status: int) -> Outcome:

@@ -102,9 +102,19 @@ class Conversations(Protocol):
     async def load(self, principal: Principal, conversation_id: str) -> Conversation | None: ...
 
     async def append(
-        self, principal: Principal, conversation_id: str, turn: Turn, system_prompt: str | None
-    ) -> None:
-        """Add a whole turn, or begin the conversation with it."""
+        self,
+        principal: Principal,
+        conversation_id: str,
+        turn: Turn,
+        system_prompt: str | None,
+        *,
+        begin: bool,
+    ) -> bool:
+        """Add a whole turn, or with `begin` begin the conversation with it.
+
+        False if it is not there any more: what was deleted during a turn stays deleted. A
+        `system_prompt` of None leaves the conversation's own.
+        """
         ...
 
     async def list(self, principal: Principal, limit: int) -> Sequence[Conversation]:

@@ -14,7 +14,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -55,8 +56,16 @@ class WeirServer(uvicorn.Server):
         self._drain_delay = drain_delay_seconds
         self._exit_at: float | None = None
 
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        # Not given back at the end, as uvicorn does: a second SIGTERM must not kill what ends well.
+        if threading.current_thread() is threading.main_thread():
+            for sig in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(sig, self.handle_exit)
+        yield
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        # uvicorn would raise the signal again at the end; a drained server ends with 0.
+        # Not raised again at the end either: a drained server ends with 0.
         if self._lifecycle.draining and sig == signal.SIGINT:
             self.force_exit = True
         if self._exit_at is None:

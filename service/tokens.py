@@ -7,7 +7,7 @@ provider's own count never came; what rests on it says so (`UsageSource.ESTIMATE
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 from service.domain import Message
@@ -58,19 +58,21 @@ def trim(messages: Sequence[Message], room_tokens: int) -> tuple[Message, ...]:
 
 
 def _estimate_value(value: Any) -> int:
-    if isinstance(value, str):
-        return estimate_text(value)
-    if isinstance(value, list):
-        if value and all(isinstance(item, int) for item in value):
-            return len(value)  # a prompt given as token ids
-        return sum(_estimate_value(item) for item in value)
-    if isinstance(value, dict):
-        if value.get("type") in ("image_url", "input_image"):
-            return IMAGE_TOKENS
-        own = MESSAGE_TOKENS if "role" in value else 0
-        return own + _estimate_values(v for k, v in value.items() if k not in ("role", "type"))
-    return 0
-
-
-def _estimate_values(values: Iterable[Any]) -> int:
-    return sum(_estimate_value(value) for value in values)
+    """Not recursive: how deep a body is nested is its sender's choice."""
+    tokens, waiting = 0, [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, str):
+            tokens += estimate_text(item)
+        elif isinstance(item, list):
+            if item and all(isinstance(part, int) for part in item):
+                tokens += len(item)  # a prompt given as token ids
+            else:
+                waiting.extend(item)
+        elif isinstance(item, dict):
+            if item.get("type") in ("image_url", "input_image"):
+                tokens += IMAGE_TOKENS
+            else:
+                tokens += MESSAGE_TOKENS if "role" in item else 0
+                waiting.extend(v for k, v in item.items() if k not in ("role", "type"))
+    return tokens

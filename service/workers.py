@@ -12,6 +12,7 @@ import os
 import struct
 import sys
 import time
+from math import ceil
 from typing import Any, Final
 
 import structlog
@@ -27,10 +28,11 @@ from service.app import create_app
 from service.config import Configuration
 from service.lifecycle import Lifecycle
 from service.logging import configure
-from service.serve import AdminServer, WeirServer, address, announce, listen, server_options
+from service.serve import HEAR_OUT_SECONDS, AdminServer, WeirServer, address, announce, listen, server_options
 from service.telemetry import exposition, merged_registry
 
 MAX_WORKERS: Final = 1_024
+MARGIN_SECONDS: Final = 5.0
 _SLOT: Final = struct.Struct("d?")
 
 log = structlog.get_logger("weir")
@@ -67,7 +69,7 @@ class Heartbeats:
 
     @property
     def draining(self) -> bool:
-        return self.stopping
+        return self.stopping or any(drains for _, drains in self._read())
 
     @property
     def heartbeat_age_seconds(self) -> float:
@@ -107,6 +109,7 @@ class Application(BaseApplication):
         self.configuration = configuration
         self.heartbeats = heartbeats
         self._slot = 0
+        self._worker: Any = None
         super().__init__()
 
     def load_config(self) -> None:
@@ -119,7 +122,10 @@ class Application(BaseApplication):
             "logger_class": Logs,
             "max_requests": settings.max_requests_per_worker,
             "max_requests_jitter": settings.max_requests_per_worker // 10,
-            "graceful_timeout": round(settings.drain_timeout),
+            # A worker's own drain ends first, so that no stream ends without a word.
+            "graceful_timeout": ceil(
+                settings.drain_delay + HEAR_OUT_SECONDS + settings.drain_timeout + MARGIN_SECONDS
+            ),
             "timeout": round(settings.liveness_timeout),
             "control_socket_disable": True,
             "accesslog": None,
@@ -137,9 +143,15 @@ class Application(BaseApplication):
         configure("debug" if settings.debug else settings.log_level, settings.log_format)
         lifecycle = Lifecycle(
             settings.liveness_timeout,
-            on_beat=lambda lifecycle: self.heartbeats.write(self._slot, lifecycle),
+            on_beat=self._beat,
         )
         return create_app(self.configuration, lifecycle=lifecycle)
+
+    def _beat(self, lifecycle: Lifecycle) -> None:
+        """Tell both: the probes, and gunicorn, whom uvicorn does not tell while it drains."""
+        self.heartbeats.write(self._slot, lifecycle)
+        if self._worker is not None:
+            self._worker.notify()
 
     def _pre_fork(self, arbiter: Any, worker: Any) -> None:
         slot = _slot_of(worker)
@@ -147,7 +159,7 @@ class Application(BaseApplication):
         self.heartbeats.living.add(slot)
 
     def _post_fork(self, arbiter: Any, worker: Any) -> None:
-        self._slot = _slot_of(worker)
+        self._slot, self._worker = _slot_of(worker), worker
 
     def _child_exit(self, arbiter: Any, worker: Any) -> None:
         self.heartbeats.living.discard(_slot_of(worker))

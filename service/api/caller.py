@@ -41,6 +41,7 @@ class CallerWatch:
         self._sweep.discard(self)
         if self._watch is not None:
             self._watch.cancel()
+            self._watch = None
         self._interrupt.translate(kind)
 
     @contextmanager

@@ -24,6 +24,7 @@ class RequestContext:
 
     __slots__ = (
         "body",
+        "complete",
         "dialect",
         "headers",
         "method",
@@ -47,6 +48,8 @@ class RequestContext:
         """The last exchange's record; a batch has several."""
         self.dialect: Dialect | None = None
         """Set when a stream begins."""
+        self.complete = False
+        """The answer's last byte was sent."""
         self.status: int | None = None
         """Set once the status line was sent."""
 

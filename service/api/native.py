@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from datetime import UTC, datetime
 from typing import Annotated, Any
 from uuid import UUID
@@ -18,7 +19,16 @@ from service.api.context import Dialect, RequestContext, context_of
 from service.api.sse import event, send_stream
 from service.chat import ChatService, Exchange
 from service.dialogue import Dialogue, Opening
-from service.domain import ChatRequest, Conversation, Operation, RequestRecord
+from service.domain import (
+    UNPRICED,
+    ChatRequest,
+    Conversation,
+    Cost,
+    Operation,
+    Outcome,
+    RequestRecord,
+    Usage,
+)
 from service.errors import UpstreamProtocolError, WeirError
 
 PREFIX = "/api/v1"
@@ -130,11 +140,13 @@ def make_router(
     async def batch(body: schemas.BatchBody, request: Request) -> schemas.BatchAnswer:
         context = context_of(request.scope)
         places = asyncio.Semaphore(batch_concurrency)
+        records: list[RequestRecord] = []
 
         async def one(index: int, prompt: str) -> schemas.BatchResult:
             async with places:
                 call = dialogue.generation(prompt, body.max_tokens, body.temperature, body.model)
                 run = exchange(context, "/batch")
+                records.append(run.record)
                 try:
                     async with run:
                         with watch.of_child():
@@ -148,9 +160,12 @@ def make_router(
                     index=index, text=text, tokens_used=_tokens(record), cost_estimate=record.cost.usd
                 )
 
-        with CallerWatch(request.receive, service.sweep) as watch:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(one(i, prompt)) for i, prompt in enumerate(body.prompts)]
+        try:
+            with CallerWatch(request.receive, service.sweep) as watch:
+                async with asyncio.TaskGroup() as group:
+                    tasks = [group.create_task(one(i, prompt)) for i, prompt in enumerate(body.prompts)]
+        finally:
+            context.record = _summed(records)
         return _batch_answer([task.result() for task in tasks], context.request_id)
 
     return router
@@ -184,16 +199,38 @@ class _TurnStream(Response):
                     headers=((b"x-conversation-id", opening.conversation_id.encode()),),
                 )
 
-    async def _events(self, opening: Opening) -> AsyncIterator[bytes]:
+    async def _events(self, opening: Opening) -> AsyncGenerator[bytes]:
         run, parts = self._run, []
         place: dict[str, Any] = {"conversation_id": opening.conversation_id}
-        async for _ in run.events():
-            if text := run.take_text():
-                parts.append(text)
-                yield event({"delta": text, **place, "finished": False, "tokens_used": None})
+        async with aclosing(run.events()) as events:
+            async for _ in events:
+                if text := run.take_text():
+                    parts.append(text)
+                    yield event({"delta": text, **place, "finished": False, "tokens_used": None})
         run.count()
         await self._dialogue.keep(opening, "".join(parts), run.record)
         yield event({"delta": "", **place, "finished": True, "tokens_used": _tokens(run.record)})
+
+
+def _summed(records: list[RequestRecord]) -> RequestRecord | None:
+    """A batch's records as one, for the canonical line; the ledger has each."""
+    if not records:
+        return None
+    usages = [r.usage for r in records if r.usage is not None]
+    costs = [r.cost.usd for r in records if r.usage is not None and r.cost.usd is not None]
+    good = next((r for r in records if r.outcome is Outcome.SUCCESS), records[0])
+    return msgspec.structs.replace(
+        good,
+        attempts=sum(r.attempts for r in records),
+        usage=Usage(
+            input_tokens=sum(u.input_tokens for u in usages),
+            output_tokens=sum(u.output_tokens for u in usages),
+            source=usages[0].source,
+        )
+        if usages
+        else None,
+        cost=Cost(usd=sum(costs), source=good.cost.source) if len(costs) == len(usages) else UNPRICED,
+    )
 
 
 def _request_of(body: schemas.ChatBody) -> ChatRequest:

@@ -6,7 +6,9 @@ cost a third of the throughput; `documentation.py` puts these routes onto the Op
 
 from __future__ import annotations
 
-from typing import Final
+import asyncio
+from collections.abc import Sequence
+from typing import Any, Final
 
 import msgspec
 from starlette.types import Receive, Scope, Send
@@ -15,9 +17,9 @@ from service.api.caller import CallerWatch
 from service.api.context import Dialect, context_of
 from service.api.sse import send_stream
 from service.chat import ChatService, read_call
+from service.deadlines import Deadline
 from service.domain import Operation
-from service.errors import ModelNotFound
-from service.ports import Catalogue
+from service.errors import ModelNotFound, UpstreamTimeout
 
 JSON: Final = (b"content-type", b"application/json")
 _FORWARDED: Final = ((b"openai-beta", "OpenAI-Beta"), (b"traceparent", "traceparent"))
@@ -61,26 +63,34 @@ class ModelEndpoint:
 class ModelList:
     """GET /v1/models."""
 
-    def __init__(self, catalogue: Catalogue) -> None:
-        self._catalogue = catalogue
+    def __init__(self, service: ChatService) -> None:
+        self._service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        models = await self._catalogue.models()
+        models = await self.models(receive)
         await send_json(send, msgspec.json.encode({"object": "list", "data": models}))
 
+    async def models(self, receive: Receive) -> Sequence[dict[str, Any]]:
+        """What the catalogue lists; it may have to ask an upstream."""
+        service = self._service
+        until = asyncio.get_running_loop().time() + service.limits.timeout_seconds
+        with CallerWatch(receive, service.sweep), Deadline(service.sweep, until, _no_list):
+            return await service.catalogue.models()
 
-class ModelShow:
+
+class ModelShow(ModelList):
     """GET /v1/models/{id}; an id may hold slashes."""
-
-    def __init__(self, catalogue: Catalogue) -> None:
-        self._catalogue = catalogue
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         wanted = scope["path_params"]["model"]
-        for model in await self._catalogue.models():
+        for model in await self.models(receive):
             if model["id"] == wanted:
                 return await send_json(send, msgspec.json.encode(model))
         raise ModelNotFound("There is no such model here.", param="model")
+
+
+def _no_list() -> UpstreamTimeout:
+    return UpstreamTimeout("The upstream did not list its models in time.")
 
 
 async def send_json(

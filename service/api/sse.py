@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any, Final
 
 import msgspec
@@ -25,7 +26,7 @@ async def send_stream(
     send: Send,
     context: RequestContext,
     dialect: Dialect,
-    events: AsyncIterator[bytes],
+    events: AsyncGenerator[bytes],
     *,
     keepalive_seconds: float,
     headers: tuple[tuple[bytes, bytes], ...] = (),
@@ -38,11 +39,12 @@ async def send_stream(
     await send({"type": "http.response.start", "status": 200, "headers": [*HEADERS, *headers]})
     silence = _Silence(send, keepalive_seconds)
     try:
-        async for block in events:
-            if block:
-                await silence.broken()
-                await send({"type": "http.response.body", "body": block, "more_body": True})
-                silence.begins()
+        async with aclosing(events):
+            async for block in events:
+                if block:
+                    await silence.broken()
+                    await send({"type": "http.response.body", "body": block, "more_body": True})
+                    silence.begins()
     finally:
         await silence.over()
     await send({"type": "http.response.body", "body": b"", "more_body": False})

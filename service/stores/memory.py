@@ -40,15 +40,23 @@ class MemoryConversations:
         return self._kept.get((principal, conversation_id))
 
     async def append(
-        self, principal: Principal, conversation_id: str, turn: Turn, system_prompt: str | None
-    ) -> None:
+        self,
+        principal: Principal,
+        conversation_id: str,
+        turn: Turn,
+        system_prompt: str | None,
+        *,
+        begin: bool,
+    ) -> bool:
         self._forget_expired()
         now = self._clock()
         place = (principal, conversation_id)
+        if not begin and place not in self._kept:
+            return False
         known = self._kept.get(place) or Conversation(conversation_id, principal, created_at=now)
         self._kept[place] = msgspec.structs.replace(
             known,
-            system_prompt=system_prompt,
+            system_prompt=known.system_prompt if system_prompt is None else system_prompt,
             messages=(*known.messages, *turn.messages)[-self._keep_messages :],
             total_messages=known.total_messages + len(turn.messages),
             total_tokens=known.total_tokens + turn.tokens,
@@ -59,6 +67,7 @@ class MemoryConversations:
         self._kept.move_to_end(place)
         while len(self._kept) > self._most:
             self._kept.popitem(last=False)
+        return True
 
     async def list(self, principal: Principal, limit: int) -> Sequence[Conversation]:
         self._forget_expired()

@@ -20,6 +20,7 @@ from service.upstreams.rejection import (
     broken_answer,
     broken_stream,
     check_content_type,
+    clean_request_id,
     connect_timeout,
     rejection,
     unreachable,
@@ -76,7 +77,9 @@ class DirectUpstream:
             )
             if call.stream:
                 return _Stream(response)
-            return WholeAnswer(await _read_whole(response), response.headers.get(REQUEST_ID_HEADER))
+            return WholeAnswer(
+                await _read_whole(response), clean_request_id(response.headers.get(REQUEST_ID_HEADER))
+            )
         except BaseException:
             response.close()
             raise
@@ -142,7 +145,7 @@ class DirectUpstream:
             response.status,
             body,
             retry_after=response.headers.get("Retry-After"),
-            request_id=response.headers.get(REQUEST_ID_HEADER),
+            request_id=clean_request_id(response.headers.get(REQUEST_ID_HEADER)),
             secret=self._api_key,
         )
 
@@ -153,7 +156,7 @@ class _Stream:
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self._response = response
         self._content = response.content
-        self.upstream_request_id = response.headers.get(REQUEST_ID_HEADER)
+        self.upstream_request_id = clean_request_id(response.headers.get(REQUEST_ID_HEADER))
 
     async def read(self) -> bytes:
         try:

@@ -22,6 +22,7 @@ from service.upstreams.rejection import (
     broken_answer,
     broken_stream,
     check_content_type,
+    clean_request_id,
     connect_timeout,
     rejection,
     unreachable,
@@ -81,7 +82,7 @@ class OpenAISDKUpstream:
             )
             if call.stream:
                 return _Stream(response)
-            return WholeAnswer(await response.aread(), response.headers.get("x-request-id"))
+            return WholeAnswer(await response.aread(), clean_request_id(response.headers.get("x-request-id")))
         except httpx2.RequestError:
             await response.aclose()
             raise broken_answer() from None
@@ -114,7 +115,7 @@ class OpenAISDKUpstream:
                 response.status_code,
                 response.content[:MAX_ERROR_BYTES],
                 retry_after=response.headers.get("retry-after"),
-                request_id=error.request_id,
+                request_id=clean_request_id(error.request_id),
                 secret=self._api_key,
             )
         return UpstreamProtocolError("The SDK could not read the upstream's answer.")
@@ -133,7 +134,7 @@ class _Stream:
     def __init__(self, response: httpx2.Response) -> None:
         self._response = response
         self._chunks: AsyncIterator[bytes] = response.aiter_bytes()
-        self.upstream_request_id: str | None = response.headers.get("x-request-id")
+        self.upstream_request_id: str | None = clean_request_id(response.headers.get("x-request-id"))
 
     async def read(self) -> bytes:
         try:

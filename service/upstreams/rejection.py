@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Final
 
 import msgspec
@@ -17,6 +18,7 @@ from service.errors import (
     UpstreamUnavailable,
 )
 
+_REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,200}")
 MAX_ERROR_BYTES: Final = 64 * 1024
 MAX_MESSAGE_LETTERS: Final = 2_000
 MAX_RETRY_AFTER_SECONDS: Final = 3_600.0
@@ -70,6 +72,11 @@ def check_content_type(content_type: str, *, stream: bool, status: int) -> None:
         )
 
 
+def clean_request_id(given: str | None) -> str | None:
+    """An upstream's request id, if it can go into a header and a log line."""
+    return given if given and _REQUEST_ID.fullmatch(given) else None
+
+
 def unreachable(reason: str) -> UpstreamUnavailable:
     """`reason` is a word of ours, such as `refused`: drivers' texts name addresses."""
     return UpstreamUnavailable(f"The upstream cannot be reached ({reason}).")
@@ -93,7 +100,9 @@ def _detail(body: bytes, secret: str | None) -> dict[str, Any]:
         decoded = msgspec.json.decode(body)
     except (ValueError, RecursionError):
         return {}
-    detail = decoded.get("error", decoded.get("detail")) if isinstance(decoded, dict) else None
+    detail = decoded.get("error", decoded.get("detail", decoded)) if isinstance(decoded, dict) else None
+    if isinstance(detail, list):  # FastAPI's list of what is wrong
+        detail = msgspec.json.encode(detail).decode()
     if isinstance(detail, str):
         detail = {"message": detail}
     if not isinstance(detail, dict):

@@ -47,6 +47,7 @@ MODELS: Final = (
 SLOW_FACTOR: Final = 10
 SLOW_FIRST_SECONDS: Final = 2.0
 LONG_TOKENS: Final = 1_000
+MOST_TOKENS: Final = 100_000
 QUOTED_LETTERS: Final = 200
 _STATUS: Final = re.compile(r"sim-([45]\d\d)")
 
@@ -142,7 +143,7 @@ class _Stream:
 def _words(model: str, parameters: dict[str, Any]) -> list[str]:
     """The answer's words, each with the space before it."""
     if model == "sim-long":
-        count = _max_tokens(parameters) or LONG_TOKENS
+        count = min(_max_tokens(parameters) or LONG_TOKENS, MOST_TOKENS)
         return ["water", *(f" flows{'.' if n % 10 == 9 else ''}" for n in range(count - 1))]
     text = f"I am Weir's simulator, not a model. You wrote: {_last_text(parameters)}"
     return re.findall(r"\s*\S+", text)

@@ -676,10 +676,6 @@ def test_embeddings_never_stream() -> None:
     assert not read_call(Operation.EMBEDDINGS, b'{"model":"m","stream":true}').stream
 
 
-def test_a_default_model_stands_in() -> None:
-    assert read_call(Operation.CHAT, b"{}", default_model="m").model == "m"
-
-
 @pytest.mark.parametrize(
     ("body", "param"),
     [

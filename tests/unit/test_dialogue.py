@@ -49,7 +49,7 @@ class Talk:
         """A conversation with these turns."""
         for question, answer in turns:
             said = (Message("user", question), Message("assistant", answer))
-            await self.store.append(USER, "c-1", Turn(said, 1, 0.0), system_prompt)
+            await self.store.append(USER, "c-1", Turn(said, 1, 0.0), system_prompt, begin=True)
         return "c-1"
 
     async def sent(self, request: ChatRequest, *, stream: bool = False) -> dict[str, Any]:

@@ -64,6 +64,7 @@ def test_errors_of_one_status_and_code_agree_on_whether_a_retry_helps() -> None:
             {"message": "No.", "type": "t", "param": "p", "code": None, "inner": "secret"},
             ("No.", "t", "p", None),
         ),
+        ({"message": "No.", "code": 400}, ("No.", "invalid_request_error", None, "400")),
         ({"message": 7}, ("The upstream answered 400.", "invalid_request_error", None, "upstream_rejected")),
         ({"message": ""}, ("The upstream answered 400.", "invalid_request_error", None, "upstream_rejected")),
     ],
