@@ -35,6 +35,8 @@ _EXAMPLES: Final[dict[Operation, dict[str, Any]]] = {
     Operation.EMBEDDINGS: {"model": "simulator", "input": "a quiet river"},
     Operation.RESPONSES: {"model": "simulator", "input": "Why does a weir have steps?"},
 }
+_OF_BODIES: Final = (408, 409, 413)
+"""Errors that a request without a body cannot meet."""
 _SUMMARIES: Final = {
     Operation.CHAT: "Chat completion, streamed or not",
     Operation.TEXT_COMPLETION: "Text completion, streamed or not",
@@ -54,11 +56,15 @@ def document(app: FastAPI) -> Callable[[], dict[str, Any]]:
             paths = made.setdefault("paths", {})
             made["paths"] = {**_plain_paths(), **paths}
             parts = made.setdefault("components", {})
-            parts.setdefault("schemas", {}).update(_schemas())
+            shapes = parts.setdefault("schemas", {})
+            shapes.update(_schemas())
+            for unused in ("HTTPValidationError", "ValidationError"):  # the envelope takes their place
+                shapes.pop(unused, None)
+            _add_stream(made["paths"]["/api/v1/chat"]["post"])
             parts["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
             for path, operations in made["paths"].items():
-                for operation in operations.values():
-                    _add_errors(path, operation)
+                for method, operation in operations.items():
+                    _add_errors(path, method, operation)
         return made
 
     return openapi
@@ -118,7 +124,13 @@ def _schemas() -> dict[str, Any]:
     return made
 
 
-def _add_errors(path: str, operation: dict[str, Any]) -> None:
+def _add_stream(operation: dict[str, Any]) -> None:
+    """With `stream` the answer of a turn is that of /api/v1/chat/stream."""
+    reference = {"schema": {"$ref": "#/components/schemas/StreamEvent"}}
+    operation["responses"]["200"]["content"]["text/event-stream"] = reference
+
+
+def _add_errors(path: str, method: str, operation: dict[str, Any]) -> None:
     """The errors that this operation can end with, each with an example and an advice."""
     responses = operation["responses"]
     responses.pop("422", None)
@@ -126,6 +138,8 @@ def _add_errors(path: str, operation: dict[str, Any]) -> None:
         return
     operation["security"] = [{"bearer": []}]
     for status, errors in sorted(_by_status().items()):
+        if method != "post" and status in _OF_BODIES:
+            continue
         advice = "\n".join(f"- `{e.code}`: {e.advice}" for e in errors)
         responses[str(status)] = {
             "description": advice,

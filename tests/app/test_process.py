@@ -264,6 +264,18 @@ def test_a_worker_is_replaced_after_its_requests_and_none_is_lost(upstream: Fake
         assert httpx2.get(f"{weir.admin_url}/readyz").status_code == 200
 
 
+def test_workers_too_end_what_outlasts_the_drain_with_a_word(upstream: FakeUpstream) -> None:
+    with WeirProcess(WORKER_COUNT="2", DRAIN_TIMEOUT="1", OPENAI_BASE_URL=upstream.base_url) as weir:
+        weir.wait_until_ready(workers=2)
+        stream = sdk(weir).chat.completions.create(model="stall", messages=HELLO, stream=True)
+        next(stream)
+        weir.terminate()
+        with pytest.raises(openai.APIError, match="shutting down"):
+            list(stream)
+        assert weir.wait() == 0
+        assert weir.events("request")[0]["error_code"] == "server_shutting_down"
+
+
 def _ask(url: str) -> None:
     with contextlib.suppress(httpx2.HTTPError):  # the process is ended while it hangs
         httpx2.get(url, timeout=30)
