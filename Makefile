@@ -32,6 +32,7 @@ format: $(DEV) ## let ruff mend what it can
 
 bench: $(DEV) ## Weir beside a bare proxy, in one run
 	$(BIN)/python -m tests.performance $(ARGS)
+	@$(BIN)/python -m tests.performance.leaving >/dev/null
 
 image: ## the container image, by whatever builder is there
 	$(if $(shell command -v docker),docker,buildah) build -t weir:dev .

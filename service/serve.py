@@ -30,6 +30,7 @@ from service.app import create_app
 from service.config import SIMULATOR, Configuration, UpstreamKind
 from service.errors import ConfigurationError
 from service.lifecycle import Lifecycle
+from service.protocol import BoundedHeadProtocol
 from service.telemetry import exposition
 
 KEEP_ALIVE_SECONDS = 75
@@ -175,7 +176,7 @@ def server_options(configuration: Configuration) -> dict[str, Any]:
     """uvicorn's options, the same with and without gunicorn."""
     return {
         "loop": "uvloop",
-        "http": "httptools",
+        "http": BoundedHeadProtocol,
         "ws": "none",
         "log_config": None,
         "access_log": False,

@@ -28,6 +28,7 @@ from service.errors import WeirError
 OTHER: Final = "_other"
 MAX_MODELS: Final = 200
 MAX_TENANTS: Final = 500
+MAX_KEYS: Final = 1_000
 MAX_KEPT_LABELS: Final = 5_000
 DURATION_BUCKETS: Final = (*(0.01 * 2**n for n in range(14)), 163.84, 327.68)
 FIRST_TOKEN_BUCKETS: Final = (
@@ -66,6 +67,7 @@ class _Labels(NamedTuple):
     """The label values of one request, for each metric that has them."""
 
     request: tuple[str, ...]
+    key: tuple[str, ...]
     call: tuple[str, ...]
     genai: tuple[str, ...]
     error_type: str
@@ -80,8 +82,9 @@ class Metrics:
         self.registry = registry
         self._models = BoundedLabel(MAX_MODELS, models)
         self._tenants = BoundedLabel(MAX_TENANTS)
+        self._keys = BoundedLabel(MAX_KEYS)
         self._children: dict[tuple[Any, ...], Any] = {}
-        self._kept_labels: dict[tuple[str, ...], _Labels] = {}
+        self._kept_labels: dict[tuple[Any, ...], _Labels] = {}
         self._running = 0
 
         def counter(name: str, text: str, *labels: str) -> Counter:
@@ -94,6 +97,9 @@ class Metrics:
             "weir_requests_total",
             "Requests by how they truly ended.",
             *("route", "gen_ai_request_model", "outcome"),
+        )
+        self._by_key = counter(
+            "weir_key_requests_total", "Requests to models by API key and its tenant.", "tenant", "key"
         )
         self._attempts = counter(
             "weir_upstream_attempts_total",
@@ -178,6 +184,7 @@ class Metrics:
         self._running -= 1
         labels = self._labels(record)
         self._child(self._requests, *labels.request).inc()
+        self._child(self._by_key, *labels.key).inc()
         self._child(self._calls, *labels.call).inc()
         self._child(self._duration, *labels.genai, labels.error_type).observe(record.duration_seconds)
         if record.time_to_first_token_seconds is not None:
@@ -217,7 +224,7 @@ class Metrics:
             record.provider,
             record.request_model,
             record.response_model,
-            record.principal.tenant,
+            record.principal,
             record.cost.source,
         )
         labels = self._kept_labels.get(key)
@@ -234,6 +241,7 @@ class Metrics:
         tenant = self._tenants.of(record.principal.tenant, admit=True)
         return _Labels(
             request=(record.route, model, record.outcome.value),
+            key=(tenant, self._keys.of(record.principal.name, admit=True)),
             call=(model, "success" if good else "error"),
             genai=genai,
             error_type="" if good else record.error_code or record.outcome.value,

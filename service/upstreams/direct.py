@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from typing import Any, Final
 
 import aiohttp
 import msgspec
-from aiohttp.payload import BytesPayload
+from aiohttp.payload import BytesIOPayload, BytesPayload, Payload
 from multidict import CIMultiDict
 from yarl import URL
 
@@ -26,6 +27,7 @@ from service.upstreams.rejection import (
     unreachable,
 )
 
+LARGE_BYTES: Final = 1024 * 1024
 REQUEST_ID_HEADER: Final = "x-request-id"
 
 
@@ -106,7 +108,7 @@ class DirectUpstream:
             return await self._open_session().request(
                 method,
                 url,
-                data=BytesPayload(body) if body is not None else None,
+                data=_payload(body) if body is not None else None,
                 headers=headers,
                 allow_redirects=False,
             )
@@ -167,6 +169,11 @@ class _Stream:
     async def close(self) -> None:
         # At its end aiohttp has given the connection back already, and this does nothing.
         self._response.close()
+
+
+def _payload(body: bytes) -> Payload:
+    """Large bodies go piece by piece: one write of many megabytes would hold up every stream."""
+    return BytesPayload(body) if len(body) <= LARGE_BYTES else BytesIOPayload(io.BytesIO(body))
 
 
 async def _read_whole(response: aiohttp.ClientResponse) -> bytes:

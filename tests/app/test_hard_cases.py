@@ -148,6 +148,26 @@ def test_a_body_of_which_nothing_comes_is_408(upstream: FakeUpstream) -> None:
         assert caller.recv(4096).startswith(b"HTTP/1.1 408")
 
 
+def test_a_head_without_an_end_is_refused(weir: RunningWeir) -> None:
+    with socket.create_connection(("127.0.0.1", weir.port), 20) as caller:
+        caller.sendall(b"GET / HTTP/1.1\r\nHost: w\r\nX-Long: ")
+        answer = b""
+        try:
+            for _ in range(1000):
+                caller.sendall(b"x" * 64 * 1024)
+        except (BrokenPipeError, ConnectionResetError):
+            answer = b"refused"
+        assert answer == b"refused", "64 MB of one header were taken"
+    assert post(weir, "gpt-4o-mini").status_code == 200
+
+
+def test_a_large_body_is_no_long_head(weir: RunningWeir) -> None:
+    body = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "x" * 3_000_000}]}
+    with httpx2.Client(timeout=20) as client:
+        for _ in range(3):  # on one connection: the count begins anew with each request
+            assert client.post(f"{weir.url}/v1/chat/completions", json=body).status_code == 200
+
+
 def test_a_long_name_of_a_model_is_kept_short(weir: RunningWeir) -> None:
     assert post(weir, "x" * 100_000).status_code == 404
     assert len(weir.records()[0].request_model) == 200

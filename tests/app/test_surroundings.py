@@ -300,6 +300,7 @@ def test_name_and_tenant_of_the_key_are_in_record_metric_and_log(guarded: Runnin
     assert (record.principal.name, record.principal.tenant) == ("checkout", "shop")
     line = next(entry for entry in lines if entry["event"] == "request")
     assert (line["key"], line["tenant"]) == ("checkout", "shop")
+    assert guarded.metric("weir_key_requests_total", tenant="shop", key="checkout") == 1
 
 
 def test_conversations_are_seen_by_their_owner_alone(guarded: RunningWeir) -> None:
