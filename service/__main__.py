@@ -46,18 +46,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _serve(configuration: Configuration, *, welcome: bool) -> int:
     settings = configuration.settings
+    say = partial(print, flush=True) if welcome else None
     configure("debug" if settings.debug else settings.log_level, settings.log_format)
     if settings.worker_count == 1:
         from service.serve import serve
 
-        serve(configuration, say=partial(print, flush=True) if welcome else None)
+        serve(configuration, say)
         return 0
     directory, master = tempfile.mkdtemp(prefix="weir-metrics-"), os.getpid()
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory
     from service.workers import serve_workers
 
     try:
-        serve_workers(configuration)
+        serve_workers(configuration, say)
     finally:
         if os.getpid() == master:  # forked workers leave through here too
             shutil.rmtree(directory)

@@ -11,6 +11,7 @@ import atexit
 import logging
 import sys
 import threading
+from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any, BinaryIO, Final, Literal
 
@@ -110,8 +111,10 @@ class BufferedLines:
         with self._lock:
             waiting, self._waiting, self._size = self._waiting, [], 0
             if waiting:
-                self._stream.write(b"".join(waiting))
-                self._stream.flush()
+                # Whoever reads the log may have gone: that must not cost anybody an answer.
+                with suppress(OSError):
+                    self._stream.write(b"".join(waiting))
+                    self._stream.flush()
 
 
 def _bridge(level: int, shared: list[Processor], render: list[Processor]) -> None:
@@ -133,6 +136,7 @@ def _bridge(level: int, shared: list[Processor], render: list[Processor]) -> Non
             ],
         )
     )
+    logging.raiseExceptions = False  # a log that cannot be written is no fault of the request
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)

@@ -12,6 +12,7 @@ import os
 import struct
 import sys
 import time
+from collections.abc import Callable
 from math import ceil
 from typing import Any, Final
 
@@ -28,7 +29,16 @@ from service.app import create_app
 from service.config import Configuration
 from service.lifecycle import Lifecycle
 from service.logging import configure
-from service.serve import HEAR_OUT_SECONDS, AdminServer, WeirServer, address, announce, listen, server_options
+from service.serve import (
+    HEAR_OUT_SECONDS,
+    AdminServer,
+    WeirServer,
+    address,
+    announce,
+    listen,
+    server_options,
+    welcome,
+)
 from service.telemetry import exposition, merged_registry
 
 MAX_WORKERS: Final = 1_024
@@ -169,7 +179,7 @@ class Application(BaseApplication):
         self.heartbeats.stopping = True
 
 
-def serve_workers(configuration: Configuration) -> None:
+def serve_workers(configuration: Configuration, say: Callable[[str], None] | None = None) -> None:
     """Serve with WORKER_COUNT processes until SIGTERM or SIGINT."""
     settings = configuration.settings
     listener = listen("ADMIN_PORT", configuration.admin_host, settings.admin_port)
@@ -181,7 +191,10 @@ def serve_workers(configuration: Configuration) -> None:
         return exposition(merged_registry(directory))(accept)
 
     admin = AdminServer(AdminApp(heartbeats, metrics), listener)
-    announce(configuration, f"http://{_bracketed(configuration.host)}:{settings.port}", address(listener))
+    api = f"http://{_bracketed(configuration.host)}:{settings.port}"
+    announce(configuration, api, address(listener))
+    if say is not None:
+        say(welcome(configuration, api, address(listener)))
     admin.start()
     master = os.getpid()
     try:

@@ -163,7 +163,9 @@ class _Stream:
     async def read(self) -> bytes:
         try:
             return await self._content.readany()
-        except (aiohttp.ClientError, ConnectionError):
+        except (aiohttp.ClientError, ConnectionError) as error:
+            # aiohttp keeps this error with its reader; its traceback would keep the whole request.
+            error.__traceback__ = None
             raise broken_stream() from None
 
     async def close(self) -> None:

@@ -203,7 +203,12 @@ def test_nothing_of_an_ended_request_is_kept_alive(weir: RunningWeir, upstream: 
         post(weir, "drop", stream=True)
         post(weir, "stall", stream=True)
         weir.records(4)
-        weir.in_loop(lambda: None)
+        for _ in range(1000):  # the last task may be on its last steps
+            weir.in_loop(lambda: None)
+            left = [o for o in gc.get_objects() if isinstance(o, RequestContext)]
+            if not left:
+                break
+            left.clear()
         assert not [o for o in gc.get_objects() if isinstance(o, RequestContext)]
         assert len(weir.parts.service.sweep) == 0
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -247,3 +248,13 @@ def test_the_console_form_is_text_and_auto_is_json_away_from_a_terminal(form: st
     assert line.startswith("{") is (form == "auto")
     assert "started" in line
     assert "\x1b" not in line, "no colours where there is no terminal"
+
+
+def test_a_log_that_nobody_reads_any_more_fails_nobody() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb", buffering=0) as broken:
+        lines = BufferedLines(broken)
+        lines.warning(b"lost")
+        lines.info(b"lost too")
+        lines.flush()
