@@ -134,7 +134,6 @@ class Exchange:
         "_service",
         "_started",
         "_stream",
-        "_target",
         "_traceparent",
         "_unanswered",
         "record",
@@ -149,7 +148,6 @@ class Exchange:
         self._service = service
         self._traceparent = traceparent
         self._call: Call | None = None
-        self._target: Target | None = None
         self._stream: StreamedAnswer | None = None
         self._meter: StreamMeter | None = None
         self._first = b""
@@ -167,7 +165,7 @@ class Exchange:
         record, service = self.record, self._service
         self._call = call
         record.request_model, record.stream = call.model[:MODEL_LETTERS], call.stream
-        target = self._target = service.catalogue.resolve(call.model)
+        target = service.catalogue.resolve(call.model)
         record.upstream, record.provider = target.upstream.name, target.upstream.provider
         await service.limiter.admit(record.principal)
         await self._ask(_addressed(call, target), target, keep_text)

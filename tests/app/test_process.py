@@ -19,7 +19,7 @@ import yaml
 from service import __version__
 from service.auth import hash_key
 from tests.fakes.upstream import CONTENT, FakeUpstream
-from tests.running import ROOT, WeirProcess, free_port
+from tests.running import ROOT, WeirProcess
 
 HELLO: Any = [{"role": "user", "content": "Hello!"}]
 
@@ -279,10 +279,6 @@ def test_workers_too_end_what_outlasts_the_drain_with_a_word(upstream: FakeUpstr
 def _ask(url: str) -> None:
     with contextlib.suppress(httpx2.HTTPError):  # the process is ended while it hangs
         httpx2.get(url, timeout=30)
-
-
-def test_free_ports_differ() -> None:
-    assert free_port() != 0
 
 
 def test_python_m_service_helps() -> None:

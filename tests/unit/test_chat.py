@@ -372,6 +372,22 @@ async def test_an_error_in_the_first_events_own_packet_comes_after_it(pauses: Pa
     assert exchange.record.attempts == 1
 
 
+@pytest.mark.parametrize(
+    ("pieces", "outcome"),
+    [
+        ([chunk("Hello"), DONE, CallerGone("left")], Outcome.SUCCESS),
+        ([chunk("Hello"), CallerGone("left")], Outcome.CLIENT_DISCONNECTED),
+    ],
+)
+async def test_a_caller_who_leaves_after_the_end_mark_had_all_of_it(
+    pieces: list[Any], outcome: Outcome
+) -> None:
+    path = Path(ScriptedUpstream(Stream(pieces)))
+    with pytest.raises(CallerGone):
+        await path.ask(chat_call(stream=True))
+    assert path.closed_record().outcome is outcome
+
+
 # -- pauses and deadlines ------------------------------------------------------------------------
 
 
