@@ -40,7 +40,12 @@ class KeyRing:
         """True if that changed anything."""
         before, self._principals = (
             self._principals,
-            {bytes.fromhex(k.sha256): Principal(name=k.name, tenant=k.tenant) for k in keys},
+            {
+                bytes.fromhex(k.sha256): Principal(
+                    name=k.name, tenant=k.tenant, priority=k.priority, admin=k.admin, models=k.models
+                )
+                for k in keys
+            },
         )
         return before != self._principals
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from math import inf
 from types import TracebackType
 from typing import Final, Protocol, Self
 
@@ -42,7 +43,8 @@ class Interrupt:
             return
         ours = task.uncancel() <= self._cancelling
         try:
-            if ours and kind is asyncio.CancelledError:
+            # A generator that is left in the middle of its `yield` sees the cancellation as its own closing.
+            if ours and kind in (asyncio.CancelledError, GeneratorExit):
                 raise error from None
         finally:
             del error
@@ -124,21 +126,32 @@ class IdleTimeout:
     """Raises what `error` makes in the task that entered it when one wait lasts longer than `seconds`.
 
     Only the time between `waiting()` and `arrived()` counts: while a slow reader holds back the
-    stream nobody waits for the upstream.
+    stream nobody waits for the upstream. With an `end`, in the loop's time, all is over then, whoever
+    is slow, and what `over` makes is raised.
     """
 
-    __slots__ = ("_error", "_interrupt", "_now", "_seconds", "_since", "_sweep")
+    __slots__ = ("_end", "_error", "_interrupt", "_now", "_over", "_seconds", "_since", "_sweep")
 
-    def __init__(self, sweep: Sweep, seconds: float, error: Callable[[], WeirError]) -> None:
+    def __init__(
+        self,
+        sweep: Sweep,
+        seconds: float,
+        error: Callable[[], WeirError],
+        *,
+        end: float | None = None,
+        over: Callable[[], WeirError] | None = None,
+    ) -> None:
         self._sweep = sweep
         self._seconds = seconds
         self._error = error
+        self._end = inf if end is None else end
+        self._over = over or error
         self._since: float | None = None
 
     def __enter__(self) -> Self:
         self._now = asyncio.get_running_loop().time
         self._interrupt = Interrupt()
-        self._sweep.add(self, self._now() + self._seconds)
+        self._sweep.add(self, min(self._now() + self._seconds, self._end))
         return self
 
     def waiting(self) -> None:
@@ -155,7 +168,7 @@ class IdleTimeout:
 
     def due(self, now: float) -> float | None:
         since = self._since if self._since is not None else now
-        if since + self._seconds > now:
-            return since + self._seconds
-        self._interrupt.fire(self._error())
+        if now < self._end and since + self._seconds > now:
+            return min(since + self._seconds, self._end)
+        self._interrupt.fire(self._over() if now >= self._end else self._error())
         return None

@@ -20,7 +20,8 @@ from service.domain import (
     Turn,
 )
 from service.errors import ConversationNotFound
-from service.ports import Catalogue, Conversations, PriceBook
+from service.ports import Conversations, PriceBook
+from service.routing.routes import Catalogue
 from service.tokens import MESSAGE_TOKENS, estimate_message, estimate_text, trim
 
 ANSWER_ROOM_TOKENS: Final = 1_024
@@ -74,9 +75,12 @@ class Dialogue:
         question = Message("user", request.message, self._clock())
         model = request.model or self._defaults.model
         history = self._history(known, model, system_prompt, question, request.max_tokens)
+        conversation_id = known.id if known else str(uuid.uuid4())
+        call = self._call(request, model, system_prompt, (*history, question), stream=stream)
+        call.session = conversation_id
         return Opening(
-            call=self._call(request, model, system_prompt, (*history, question), stream=stream),
-            conversation_id=known.id if known else str(uuid.uuid4()),
+            call=call,
+            conversation_id=conversation_id,
             question=question,
             system_prompt=request.system_prompt,
             begins=known is None,
@@ -138,8 +142,8 @@ class Dialogue:
         if known is None or wanted == 0:
             return ()
         latest = known.messages[-wanted:]
-        target = self._catalogue.resolve(model)
-        context = self._prices.context_tokens(model, target.upstream.provider)
+        target = self._catalogue.resolve(model).first
+        context = target.context_tokens or self._prices.context_tokens(model, target.upstream.provider)
         if context is None:
             return trim(latest, sum(map(estimate_message, latest)))
         taken = estimate_message(question) + (max_tokens or self._defaults.max_tokens or ANSWER_ROOM_TOKENS)
@@ -165,7 +169,7 @@ class Dialogue:
             parameters["temperature"] = temperature
         max_tokens = _first(request.max_tokens, self._defaults.max_tokens)
         if max_tokens is not None:
-            new = self._catalogue.resolve(model).upstream.provider in NEW_NAME_PROVIDERS
+            new = self._catalogue.resolve(model).first.upstream.provider in NEW_NAME_PROVIDERS
             parameters["max_completion_tokens" if new else "max_tokens"] = max_tokens
         if stream:
             parameters["stream"] = True

@@ -8,6 +8,7 @@ that one record, so their sums agree by construction.
 from __future__ import annotations
 
 import time
+import uuid
 from enum import StrEnum
 from typing import Any, Final
 
@@ -56,6 +57,12 @@ class Principal(msgspec.Struct, frozen=True):
 
     name: str
     tenant: str
+    priority: str = "normal"
+    """The class of its requests under overload: high, normal or low."""
+    admin: bool = False
+    """May see all tenants' usage, export and erase; says nothing of models."""
+    models: tuple[str, ...] = ()
+    """Those that it may use, with `*` for any letters; all where none is named."""
 
 
 ANONYMOUS: Final = Principal(name="anonymous", tenant="default")
@@ -68,14 +75,34 @@ class UsageSource(StrEnum):
     ESTIMATED = "estimated"
 
 
+class CacheUse(StrEnum):
+    """What the response cache was to a request: it answered, it did not know, or nobody asked it."""
+
+    HIT = "hit"
+    MISS = "miss"
+    BYPASS = "bypass"
+
+
+class AttemptKind(StrEnum):
+    """Why an upstream was asked: first, again, elsewhere, for another model, to be quicker."""
+
+    FIRST = "first"
+    RETRY = "retry"
+    FAILOVER = "failover"
+    FALLBACK = "fallback"
+    HEDGE = "hedge"
+
+
 class Usage(msgspec.Struct, frozen=True):
-    """Tokens of one request. `cached_input`, `cache_write` and `reasoning` are parts of the totals."""
+    """Tokens of one request; all but the first two are parts of these: cached, written, reasoning, audio."""
 
     input_tokens: int = 0
     output_tokens: int = 0
     cached_input_tokens: int = 0
     cache_write_tokens: int = 0
     reasoning_tokens: int = 0
+    audio_input_tokens: int = 0
+    audio_output_tokens: int = 0
     source: UsageSource = UsageSource.PROVIDER
 
     @property
@@ -106,6 +133,34 @@ class Call(msgspec.Struct):
     """The decoded body, where somebody made it already: else it is decoded only when it is needed."""
     headers: tuple[tuple[str, str], ...] = ()
     """Headers of the caller that go on to the upstream."""
+    session: str = ""
+    """What its caller names so that calls of one conversation are known as such."""
+
+
+class Window(msgspec.Struct, frozen=True):
+    """Where a principal stands with a limit: `remaining` of `limit`, whole again in `reset_seconds`."""
+
+    limit: int
+    remaining: int
+    reset_seconds: float
+
+
+class BudgetState(msgspec.Struct, frozen=True):
+    """How much of a budget is spent; `key` is empty where a whole tenant shares it."""
+
+    name: str
+    key: str
+    used_ratio: float
+    remaining_usd: float
+    warns: bool
+
+
+class Standing(msgspec.Struct, frozen=True):
+    """How near a principal is to its ends: the tightest limit of each kind, and all budgets."""
+
+    requests: Window | None = None
+    tokens: Window | None = None
+    budgets: tuple[BudgetState, ...] = ()
 
 
 class RequestRecord(msgspec.Struct):
@@ -120,6 +175,8 @@ class RequestRecord(msgspec.Struct):
     started_at: float = msgspec.field(default_factory=time.time)
     request_model: str = ""
     response_model: str = ""
+    answered_by: str | None = None
+    """The model that stood in for the one that was asked for."""
     provider: str = ""
     upstream: str = ""
     stream: bool = False
@@ -127,9 +184,18 @@ class RequestRecord(msgspec.Struct):
     error_code: str | None = None
     usage: Usage | None = None
     cost: Cost = UNPRICED
+    cache: CacheUse | None = None
+    """None where there is no cache at all."""
+    saved_usd: float | None = None
+    """What the answer cost when it was first given, for one that came from the cache."""
     attempts: int = 0
     duration_seconds: float = 0.0
+    queue_seconds: float | None = None
+    """The wait for a place; None where there was one at once."""
     upstream_seconds: float = 0.0
+    """All attempts, each until the whole answer or the first event of its stream was there."""
+    overhead_seconds: float | None = None
+    """Weir's own part of the duration: without any waiting, and without the passing on of a stream."""
     time_to_first_token_seconds: float | None = None
     time_per_output_token_seconds: float | None = None
     finish_reason: str | None = None
@@ -137,6 +203,8 @@ class RequestRecord(msgspec.Struct):
     upstream_request_id: str | None = None
     conversation_id: str | None = None
     trace_id: str | None = None
+    sampled: bool = False
+    """Its trace has spans, and can be looked up."""
 
 
 class Message(msgspec.Struct, frozen=True):
@@ -154,6 +222,8 @@ class Turn(msgspec.Struct, frozen=True):
     messages: tuple[Message, ...]
     tokens: int
     cost_usd: float | None
+    id: str = msgspec.field(default_factory=lambda: uuid.uuid4().hex)
+    """What makes it the same turn when it is sent to a store once more."""
 
 
 class Conversation(msgspec.Struct):
@@ -189,3 +259,5 @@ class Price(msgspec.Struct, frozen=True):
     output: float
     cached_input: float | None = None
     cache_write: float | None = None
+    audio_input: float | None = None
+    audio_output: float | None = None

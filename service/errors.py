@@ -7,9 +7,21 @@ the inside and no text of a prompt.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+import re
+from typing import Any, ClassVar, Final
 
-from service.domain import Outcome
+from service.domain import Outcome, Standing
+
+WORDS_MOST_LETTERS: Final = 2_000
+"""Of an upstream's own words."""
+_SECRET: Final = re.compile(r"\bsk-[A-Za-z0-9_*-]{5,}|\bBearer\s+[^\s'\",]+")
+_INSIDE: Final = re.compile(
+    r"(?:\bhttps?://)?"
+    r"(?<![\w.-])"
+    r"(?:localhost|(?:[A-Za-z0-9-]{1,63}\.){1,9}(?:svc|internal|local)"
+    r"|(?:10|127)(?:\.\d{1,3}){3}|(?:192\.168|169\.254|172\.(?:1[6-9]|2\d|3[01]))(?:\.\d{1,3}){2})"
+    r"(?![\w-])(?::\d+)?(?:/[^\s'\"]*)?"
+)
 
 
 class WeirError(Exception):
@@ -20,6 +32,8 @@ class WeirError(Exception):
     code: ClassVar[str] = "internal_error"
     outcome: ClassVar[Outcome] = Outcome.INTERNAL_ERROR
     retry: bool = False
+    usual_retry_after_seconds: ClassVar[float | None] = None
+    """What a caller is told where nobody knows better."""
     advice: ClassVar[str] = "Report the request id to the operators of this service."
 
     def __init__(
@@ -32,7 +46,9 @@ class WeirError(Exception):
         super().__init__(message)
         self.message = message
         self.param = param
-        self.retry_after_seconds = retry_after_seconds
+        self.retry_after_seconds = (
+            self.usual_retry_after_seconds if retry_after_seconds is None else retry_after_seconds
+        )
 
     def body(self) -> dict[str, Any]:
         """The error as OpenAI writes it: {"error": {"message", "type", "param", "code"}}."""
@@ -122,6 +138,22 @@ class Conflict(WeirError):
     advice = "Wait until the other request has ended, then send this one again."
 
 
+class IdempotencyRunning(Conflict):
+    """A request with this idempotency key runs."""
+
+    code = "idempotency_in_progress"
+    retry = True
+    usual_retry_after_seconds = 2.0
+    advice = "Send the same again after the seconds that Retry-After names: its answer will be there."
+
+
+class IdempotencyNotKept(Conflict):
+    """A request with this idempotency key was answered, and the answer cannot be given again."""
+
+    code = "idempotency_answer_not_kept"
+    advice = "Send it with a new Idempotency-Key: that is another call, which costs what the first did."
+
+
 class BodyTooLarge(WeirError):
     status = 413
     type = "invalid_request_error"
@@ -138,6 +170,16 @@ class ValidationFailed(WeirError):
     advice = "Correct the field that `param` names."
 
 
+class IdempotencyMismatch(WeirError):
+    """An idempotency key that belongs to another request."""
+
+    status = 422
+    type = "invalid_request_error"
+    code = "idempotency_key_reused"
+    outcome = Outcome.CLIENT_ERROR
+    advice = "Use a new Idempotency-Key for each new request, and an old one only to send the same again."
+
+
 class RateLimited(WeirError):
     status = 429
     type = "rate_limit_error"
@@ -145,6 +187,29 @@ class RateLimited(WeirError):
     outcome = Outcome.RATE_LIMITED
     retry = True
     advice = "Wait for the seconds that Retry-After names."
+    standing: Standing | None = None
+    """The limit that was met, for the headers that tell of it."""
+
+
+class BudgetExceeded(WeirError):
+    """The dollars of a budget are spent, or so nearly that this call may not fit."""
+
+    status = 402
+    type = "budget_error"
+    code = "budget_exceeded"
+    outcome = Outcome.BUDGET_REJECTED
+    advice = "Wait until the budget begins anew, which the message names, or ask the operators for more."
+    standing: Standing | None = None
+    """The budget that was met."""
+
+
+class BudgetReserved(RateLimited):
+    """There is something left of a budget, but calls that run now may need it."""
+
+    code = "budget_reserved"
+    outcome = Outcome.BUDGET_REJECTED
+    usual_retry_after_seconds = 1.0
+    advice = "Send it again in a moment: the calls that run now will have shown what they really cost."
 
 
 class CallerGone(WeirError):
@@ -161,6 +226,33 @@ class CallerGone(WeirError):
 
 class InternalError(WeirError):
     """A fault of Weir itself."""
+
+
+class StateUnavailable(WeirError):
+    """What the pods share cannot be reached just now, and this request needs it."""
+
+    status = 503
+    type = "server_error"
+    code = "state_unavailable"
+    outcome = Outcome.OVERLOADED
+    retry = True
+    advice = "Send it again after the seconds that Retry-After names; calls without a conversation go on."
+    usual_retry_after_seconds = 2.0
+
+
+class StateRefused(StateUnavailable):
+    """The store is well and refused a command: a fault of Weir, or a key that holds something else."""
+
+
+class Overloaded(WeirError):
+    """There are more requests than this process can serve, and this one was turned away."""
+
+    status = 503
+    code = "overloaded"
+    outcome = Outcome.OVERLOADED
+    retry = True
+    usual_retry_after_seconds = 1.0
+    advice = "Send it again after the seconds that Retry-After names; another pod may have room sooner."
 
 
 class ShuttingDown(WeirError):
@@ -194,6 +286,8 @@ class UpstreamError(WeirError):
     ) -> None:
         super().__init__(message, param=param, retry_after_seconds=retry_after_seconds)
         self.upstream_request_id = upstream_request_id
+        self.at_once = False
+        """Another key of the same upstream is ready: the call may be made again without a pause."""
 
 
 class UpstreamUnavailable(UpstreamError):
@@ -229,6 +323,14 @@ class UpstreamRateLimited(UpstreamError):
     advice = "Wait for the seconds that Retry-After names: the model's provider limits this service."
 
 
+class RequestDeadline(UpstreamTimeout):
+    """The time that the caller or the operators gave to the whole request is over."""
+
+    code = "request_deadline_exceeded"
+    retry = False
+    advice = "Allow more time (X-Request-Timeout), ask for fewer tokens, or stream the answer."
+
+
 class StreamTruncated(UpstreamError):
     """A stream that began and did not end as its protocol wants."""
 
@@ -240,7 +342,10 @@ class StreamTruncated(UpstreamError):
 class UpstreamRejected(UpstreamError):
     """The upstream found the request wrong (4xx): its own words go on to the caller."""
 
+    status = 400
+    code = "upstream_rejected"
     outcome = Outcome.CLIENT_ERROR
+    retry = False
     type = "invalid_request_error"
     advice = "Correct the request; the message is the model provider's own."
 
@@ -264,12 +369,24 @@ class UpstreamRejected(UpstreamError):
 
     def body(self) -> dict[str, Any]:
         envelope = super().body()["error"]
-        envelope["code"] = "upstream_rejected"
         for name in ("type", "param", "code"):
             given = self.error.get(name, envelope[name])
             # Some servers number their codes, and the SDK wants a string or nothing.
             envelope[name] = str(given) if isinstance(given, str | int) else None
         return {"error": {**envelope, "message": self.message}}
+
+
+def without_secrets(words: str, secret: str | None = None) -> str:
+    """An upstream's own words, without what looks like a key or like an address of the inside."""
+    if secret:
+        words = words.replace(secret, "(hidden)")
+    words = _SECRET.sub("(hidden)", words[:WORDS_MOST_LETTERS])
+    return _INSIDE.sub("(hidden)", words)
+
+
+def outcome_of(error: WeirError) -> Outcome:
+    """How it is booked. An upstream's own 408 is one that was late, whoever says so."""
+    return Outcome.TIMEOUT if isinstance(error, UpstreamError) and error.status == 408 else error.outcome
 
 
 def catalogue() -> list[type[WeirError]]:

@@ -28,6 +28,14 @@ class UpstreamHealth:
         self.states = {name: UpstreamState(kind) for name, kind in upstreams}
         self._clock = clock
 
+    def know(self, upstreams: Iterable[tuple[str, str]]) -> None:
+        """These are the upstreams from now on; what was seen of those that stay is kept."""
+        known = self.states
+        self.states = {
+            name: known[name] if name in known and known[name].kind == kind else UpstreamState(kind)
+            for name, kind in upstreams
+        }
+
     def attempted(self, record: RequestRecord, error: WeirError | None) -> None:
         state = self.states.get(record.upstream)
         if state is None or isinstance(error, CallerGone):

@@ -8,17 +8,19 @@ that call themselves OpenAI-compatible send. Pure functions and one state machin
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import msgspec
 
 from service.domain import Operation, Usage, UsageSource
-from service.errors import StreamTruncated, UpstreamError, UpstreamProtocolError
+from service.errors import StreamTruncated, UpstreamError, UpstreamProtocolError, without_secrets
 from service.tokens import ASCII_LETTERS_PER_TOKEN, estimate_text
 
 MAX_EVENT_BYTES: Final = 16 * 1024 * 1024
 """An event that has not ended after so many bytes is no event."""
+MOST_TOKENS: Final = 1_000_000_000
+"""A count above it is no count: sums must not overflow."""
 
 _NOT_JSON: Final = (ValueError, RecursionError)
 """What decoding raises: msgspec's own errors, letters that are not UTF-8, nesting without end."""
@@ -27,6 +29,14 @@ _DONE: Final = b"[DONE]"
 _BLANK_LINE: Final = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
 _LINE_END: Final = re.compile(rb"\r\n|\n|\r")
 _WRITTEN: Final = frozenset(("content", "text", "arguments", "refusal", "reasoning_content"))
+_GIVEN: Final = ("prompt_tokens", "input_tokens")
+_MADE: Final = ("completion_tokens", "output_tokens")
+_CACHED: Final = ("cached_tokens", "prompt_cache_hit_tokens", "cache_read_input_tokens")
+"""OpenAI's name, DeepSeek's, and that of Anthropic and of proxies before it."""
+_WRITES: Final = ("cache_write_tokens", "cache_creation_tokens", "cache_creation_input_tokens")
+_BESIDE: Final = frozenset(_CACHED + _WRITES)
+"""Fields that some write beside the totals; OpenAI has none there."""
+_COUNTS: Final = tuple(name for name in Usage.__struct_fields__ if name != "source")
 _RESPONSE_ENDS: Final = ("response.completed", "response.incomplete", "response.failed")
 
 
@@ -71,6 +81,7 @@ class _Choice(msgspec.Struct):
     delta: _Delta | None = None
     text: str | None = None
     finish_reason: str | None = None
+    usage: Any = None
 
 
 class _Chunk(msgspec.Struct):
@@ -80,6 +91,7 @@ class _Chunk(msgspec.Struct):
     model: str | None = None
     choices: list[_Choice] | None = None
     usage: Any = None
+    x_groq: Any = None
     error: Any = None
     type: str | None = None
     delta: Any = None
@@ -118,24 +130,40 @@ def read_usage(value: Any) -> Usage | None:
     """Usage as any of OpenAI's APIs write it; None if it is absent or nonsense.
 
     Chat and text completions name the totals prompt_tokens and completion_tokens, the Responses API
-    input_tokens and output_tokens; the parts sit in `..._tokens_details`.
+    input_tokens and output_tokens; the parts sit in `..._tokens_details`, or beside the totals.
     """
     if not isinstance(value, dict):
         return None
-    given = _count(value, "prompt_tokens", "input_tokens")
-    made = _count(value, "completion_tokens", "output_tokens")
-    if given is None and made is None:
-        return None
+    total = _count(value, "total_tokens")
+    given = _count(value, *_GIVEN)
+    made = _count(value, *_MADE)
+    if given is None and made is not None:
+        given = _other_half(value, _GIVEN, total, made)
+    elif made is None and given is not None:
+        made = _other_half(value, _MADE, total, given)
+    if given is None or made is None or given + made == 0:
+        return None  # no request has no tokens: zeros are a server that does not count
     given_details = _part(value, "prompt_tokens_details", "input_tokens_details")
     made_details = _part(value, "completion_tokens_details", "output_tokens_details")
-    # DeepSeek counts cache hits beside the totals instead of in the details.
-    cached = _count(given_details, "cached_tokens") or _count(value, "prompt_cache_hit_tokens") or 0
+    cached, written = _count(given_details, *_CACHED) or 0, _count(given_details, *_WRITES) or 0
+    if not _BESIDE.isdisjoint(value):
+        cached, written = cached or _count(value, *_CACHED) or 0, written or _count(value, *_WRITES) or 0
+        if not given_details and _cache_is_beside(value, given, made, total, cached + written):
+            given += cached + written
+    reasoning = _count(made_details, "reasoning_tokens") or 0
+    beside = reasoning if reasoning > made else 0
+    if total is not None:
+        beside = max(total - given - made, 0)
+    # xAI and Gemini leave what was thought out of the output tokens, and charge it as these.
+    made += beside
     return Usage(
-        input_tokens=given or 0,
-        output_tokens=made or 0,
-        cached_input_tokens=min(cached, given or 0),
-        cache_write_tokens=_count(given_details, "cache_write_tokens", "cache_creation_tokens") or 0,
-        reasoning_tokens=_count(made_details, "reasoning_tokens") or 0,
+        input_tokens=given,
+        output_tokens=made,
+        cached_input_tokens=min(cached, given),
+        cache_write_tokens=min(written, given - min(cached, given)),
+        reasoning_tokens=min(reasoning or beside, made),
+        audio_input_tokens=min(_count(given_details, "audio_tokens") or 0, given),
+        audio_output_tokens=min(_count(made_details, "audio_tokens") or 0, made),
     )
 
 
@@ -150,7 +178,16 @@ class StreamMeter:
     - `usage`, `model`, `id`, `finish_reason`; `has_output` once the first piece of answer came.
     """
 
-    def __init__(self, operation: Operation, *, hide_usage: bool = False, keep_text: bool = False) -> None:
+    def __init__(
+        self,
+        operation: Operation,
+        *,
+        hide_usage: bool = False,
+        keep_text: bool = False,
+        tap: Callable[[bytes], None] | None = None,
+    ) -> None:
+        """`tap` gets the data of each good event as the upstream sent it."""
+        self._tap = tap
         self._responses = operation is Operation.RESPONSES
         self._hide_usage = hide_usage
         self._keep_text = keep_text
@@ -166,6 +203,8 @@ class StreamMeter:
         self.id: str | None = None
         self.finish_reason: str | None = None
         self.has_output = False
+        self.secret: str | None = None
+        """Cut out of what the upstream says of an error."""
         self.events = 0
         """Good events so far, comments not counted."""
 
@@ -224,14 +263,21 @@ class StreamMeter:
         return text
 
     def usage_or_estimate(self, estimated_input_tokens: int) -> Usage:
-        """The provider's count; else an estimate from the text that came."""
-        if self.usage is not None:
-            return self.usage
-        return Usage(
-            input_tokens=estimated_input_tokens,
-            output_tokens=-(-self._ascii_letters // ASCII_LETTERS_PER_TOKEN) + self._other_letters,
-            source=UsageSource.ESTIMATED,
+        """The provider's count; else an estimate of what came, or of what came after the count."""
+        output_tokens = -(-self._ascii_letters // ASCII_LETTERS_PER_TOKEN) + self._other_letters
+        usage = self.usage
+        if usage is None:
+            return Usage(estimated_input_tokens, output_tokens, source=UsageSource.ESTIMATED)
+        if self.counted:
+            return usage
+        return msgspec.structs.replace(
+            usage, output_tokens=usage.output_tokens + output_tokens, source=UsageSource.ESTIMATED
         )
+
+    @property
+    def counted(self) -> bool:
+        """The provider's count is there, and of all that came."""
+        return self.usage is not None and (self.done or not (self._ascii_letters or self._other_letters))
 
     def _whole_events(self, data: bytes) -> bytes:
         """Everything up to the last blank line; the rest is held back."""
@@ -273,9 +319,11 @@ class StreamMeter:
             self.error = _no_json()
             return None
         if chunk.error or chunk.type == "error":
-            self.error = _reported(chunk)
+            self.error = _reported(chunk, self.secret)
             return None
         self.events += 1
+        if self._tap is not None:
+            self._tap(data)
         if self._responses:
             self._note_response(chunk)
             return event
@@ -293,14 +341,24 @@ class StreamMeter:
                 self._note_delta(choice.delta, choice.index)
             elif choice.text:
                 self._note_text(choice.text, choice.index)
+            if choice.usage is not None:  # where Moonshot puts it
+                self._note_usage(choice.usage)
+        if isinstance(chunk.x_groq, dict):
+            self._note_usage(chunk.x_groq.get("usage"))
         if chunk.usage is None:
             return event
-        usage = read_usage(chunk.usage)
-        if usage is not None:
-            self.usage = usage  # the last one is the sum: never add them up
+        self._note_usage(chunk.usage)
         if not self._hide_usage:
             return event
         return _without_usage(event, data) if chunk.choices else None
+
+    def _note_usage(self, value: Any) -> None:
+        """Running totals grow, and some servers tell input and output apart: the largest, never a sum."""
+        usage = read_usage(value)
+        if usage is None:
+            return
+        self.usage = usage if self.usage is None else _largest(self.usage, usage)
+        self._ascii_letters = self._other_letters = 0  # they are counted
 
     def _note_delta(self, delta: _Delta, index: int) -> None:
         if delta.content:
@@ -339,6 +397,11 @@ class StreamMeter:
             ascii_letters = sum(1 for letter in text if letter < "\u0250")
             self._ascii_letters += ascii_letters
             self._other_letters += len(text) - ascii_letters
+
+
+def _largest(one: Usage, other: Usage) -> Usage:
+    larger = {name: max(getattr(one, name), getattr(other, name)) for name in _COUNTS}
+    return msgspec.structs.replace(one, **larger)
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -389,12 +452,12 @@ def _decode_leniently(body: bytes) -> _Whole:
     return _Whole(id=decoded.get("id"), model=decoded.get("model"), usage=decoded.get("usage"))
 
 
-def _reported(chunk: _Chunk) -> UpstreamError:
+def _reported(chunk: _Chunk, secret: str | None) -> UpstreamError:
     """An error event as our error, with the upstream's own words."""
     detail = chunk.error if isinstance(chunk.error, dict) else {"message": chunk.error or chunk.message}
     message = detail.get("message")
     words = message if isinstance(message, str) and message else "no reason was given"
-    return UpstreamError(f"The upstream reported an error in the stream: {words}")
+    return UpstreamError(f"The upstream reported an error in the stream: {without_secrets(words, secret)}")
 
 
 def _without_usage(event: bytes, data: bytes) -> bytes:
@@ -410,6 +473,26 @@ def _no_json() -> UpstreamProtocolError:
     return UpstreamProtocolError("The upstream answered something that is not JSON.")
 
 
+def _other_half(value: dict[str, Any], names: tuple[str, ...], total: int | None, known: int) -> int | None:
+    """The input or output tokens where only the other ones are told: None if nobody can know."""
+    if total is not None:
+        return max(total - known, 0)
+    return None if any(value.get(name) is not None for name in names) else 0
+
+
+def _cache_is_beside(
+    value: dict[str, Any], given: int, made: int, total: int | None, cache_tokens: int
+) -> bool:
+    """Whether cached and written tokens are no part of the input tokens: so Anthropic's own API counts."""
+    if not cache_tokens:
+        return False
+    return (
+        value.get("prompt_tokens") is None
+        or cache_tokens > given
+        or (total is not None and total >= given + made + cache_tokens)
+    )
+
+
 def _part(value: dict[str, Any], *names: str) -> dict[str, Any]:
     for name in names:
         part = value.get(name)
@@ -421,6 +504,10 @@ def _part(value: dict[str, Any], *names: str) -> dict[str, Any]:
 def _count(value: dict[str, Any], *names: str) -> int | None:
     for name in names:
         count = value.get(name)
-        if isinstance(count, int) and not isinstance(count, bool) and count >= 0:
+        if count is None:
+            continue
+        if type(count) is float and count.is_integer():
+            count = int(count)  # 12.0 is 12 in JSON
+        if type(count) is int and 0 <= count <= MOST_TOKENS:
             return count
     return None

@@ -12,18 +12,23 @@ import math
 import random
 import re
 import time
-from collections.abc import Mapping
-from typing import Any, Final
+from collections.abc import Mapping, Sequence
+from typing import Final
+from urllib.parse import quote
 
 import msgspec
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.api.address import Network
 from service.api.context import SCOPE_KEY, RequestContext, context_of
+from service.api.idempotency import REPLAY_OF
 from service.api.openai import send_json
 from service.api.sse import error_event
+from service.api.standing import standing_headers
+from service.canonical import RequestLog
 from service.deadlines import Deadline, Sweep
-from service.domain import Outcome, RequestRecord
+from service.domain import Outcome
 from service.errors import (
     BodyTooLarge,
     CallerGone,
@@ -33,9 +38,12 @@ from service.errors import (
     UpstreamError,
     WeirError,
 )
-from service.logging import request_id_of_task
-from service.ports import Authenticator
+from service.lifecycle import Lifecycle
+from service.logging import TraceIds, request_id_of_task, trace_of_task
+from service.overload import Gate, priority_of
+from service.serving import Serving
 from service.telemetry import Metrics
+from service.tracing import Tracing
 
 PROTECTED: Final = ("/v1/", "/api/")
 MODEL_ROUTES: Final = frozenset(
@@ -65,6 +73,8 @@ _FOR_PAGES: Final = (
         ),
     ),
 )
+_AS_THEY_ARE: Final = "/:@+,=;!$&'()*[]"
+"""In the name of a model in a header; other letters than these and ASCII's own are percent-encoded."""
 _GONE_STATUS: Final = CallerGone.status
 
 log = structlog.get_logger("weir")
@@ -73,22 +83,41 @@ log = structlog.get_logger("weir")
 class RequestContextMiddleware:
     """Gives each request its context and id, and writes its one canonical log line."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        lifecycle: Lifecycle,
+        trusted: Sequence[Network],
+        tracing: Tracing,
+        log: RequestLog,
+    ) -> None:
         self._app = app
+        self._log = log
+        self._tracing = tracing
+        self._trusted = trusted
         self._metrics = metrics
+        metrics.expect(MODEL_ROUTES)
+        self._lifecycle = lifecycle
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        context = RequestContext(scope, "")
+        context = RequestContext(scope, "", self._trusted)
         context.request_id = _request_id(context.headers.get(b"x-request-id"))
         scope[SCOPE_KEY] = context
         request_id_of_task.set(context.request_id)
+        if context.path.startswith(PROTECTED):
+            trace = context.trace = self._tracing.begin(context.headers)
+            trace_of_task.set(TraceIds(trace.id, trace.span_id) if trace is not None else None)
 
         async def send_with_headers(message: Message) -> None:
             if context.status is None:  # the first message is the head
                 context.status = message["status"]
                 message["headers"] = [*message["headers"], *_headers(context, message)]
+                if self._lifecycle.draining:
+                    # Who keeps a connection open would send the next request into its end.
+                    message["headers"].append((b"connection", b"close"))
             elif not message.get("more_body"):
                 context.complete = True
             await send(message)
@@ -97,6 +126,8 @@ class RequestContextMiddleware:
             await self._app(scope, receive, send_with_headers)
         finally:
             self._finish(scope, context)
+            # uvicorn keeps the scope until the next request on the connection; the body need not wait for it.
+            del scope[SCOPE_KEY]
 
     def _finish(self, scope: Scope, context: RequestContext) -> None:
         seconds = time.perf_counter() - context.started
@@ -104,19 +135,17 @@ class RequestContextMiddleware:
         self._metrics.http(context.method, route, status, seconds)
         record = context.record
         outcome = record.outcome if record is not None else _outcome_of(status)
-        if record is None and route in MODEL_ROUTES:
+        if record is None and route in MODEL_ROUTES and REPLAY_OF not in scope:
             self._metrics.refused(route, outcome)
-        tell = log.warning if status >= 500 or outcome is Outcome.STREAM_TRUNCATED else log.info
-        tell(
-            "request",
-            method=context.method,
+        if context.trace is not None and context.trace.spans is not None:
+            context.trace.spans.finished(context.method, route, status, outcome, context.request_id)
+        self._log.write(
+            context,
             route=route,
             status=status,
-            ms=round(seconds * 1000, 3),
             outcome=outcome,
-            key=context.principal.name,
-            tenant=context.principal.tenant,
-            **(_model_fields(record) if record is not None else {}),
+            seconds=seconds,
+            replay_of=scope.get(REPLAY_OF),
         )
 
 
@@ -147,17 +176,31 @@ class ErrorMiddleware:
 
 
 class GateMiddleware:
-    """Asks for a credential below /v1 and /api, before anything else of the request is read."""
+    """Asks for a credential below /v1 and /api, and for room, before anything else of the request is read.
 
-    def __init__(self, app: ASGIApp, authenticator: Authenticator) -> None:
+    Here a request meets the configuration that it keeps to its end.
+    """
+
+    def __init__(self, app: ASGIApp, serving: Serving, gate: Gate) -> None:
         self._app = app
-        self._authenticator = authenticator
+        self._serving = serving
+        self._gate = gate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"].startswith(PROTECTED):
-            context = context_of(scope)
-            context.principal = self._authenticator.principal(context.header(b"authorization"))
-        await self._app(scope, receive, send)
+        if scope["type"] != "http" or not scope["path"].startswith(PROTECTED):
+            return await self._app(scope, receive, send)
+        context = context_of(scope)
+        snapshot = context.snapshot = self._serving.now
+        principal = snapshot.authenticator.principal(context.header(b"authorization"))
+        context.principal = principal
+        if scope["method"] == "POST" and scope["path"] in MODEL_ROUTES:
+            context.priority = priority_of(context.header(b"x-weir-priority"), principal.priority)
+            self._gate.check(principal.tenant, context.priority)
+        snapshot.enter()
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            snapshot.leave()
 
 
 class BodyMiddleware:
@@ -245,6 +288,7 @@ async def answer_error(context: RequestContext, send: Send, error: WeirError) ->
     """Send `error`: as an answer, or as the last event of the stream that has begun."""
     if context.complete:
         return
+    context.error_code = error.code
     if context.status is None:
         await send_json(send, msgspec.json.encode(error.body()), error.status, _advice(context, error))
         return
@@ -279,14 +323,20 @@ def _headers(context: RequestContext, message: Message) -> list[tuple[bytes, byt
         (b"x-request-id", context.request_id.encode()),
         (b"x-process-time", b"%.6f" % (time.perf_counter() - context.started)),
     ]
+    if context.trace is not None and context.trace.id:
+        headers.append((b"x-trace-id", context.trace.id.encode()))
     record = context.record
     if record is not None:
         if record.upstream_request_id and message["status"] < 400:
             headers.append(
                 (b"x-upstream-request-id", record.upstream_request_id.encode("latin-1", "replace"))
             )
-        if record.trace_id:
-            headers.append((b"x-trace-id", record.trace_id.encode()))
+        if record.cache is not None:
+            headers.append((b"x-weir-cache", record.cache.encode()))
+        if record.answered_by is not None:
+            headers.append((b"x-weir-model", quote(record.answered_by, safe=_AS_THEY_ARE).encode()))
+        if context.exchange is not None and context.exchange.standing is not None:
+            headers.extend(standing_headers(context.exchange.standing))
     if not context.path.startswith(PROTECTED):
         headers.extend(_FOR_PAGES)
     elif context.streams:
@@ -311,33 +361,8 @@ def _outcome_of(status: int) -> Outcome:
         return Outcome.CLIENT_DISCONNECTED
     if status == 429:
         return Outcome.RATE_LIMITED
+    if status == 503:
+        return Outcome.OVERLOADED
     if status >= 500:
         return Outcome.INTERNAL_ERROR
     return Outcome.CLIENT_ERROR if status >= 400 else Outcome.SUCCESS
-
-
-def _model_fields(record: RequestRecord) -> dict[str, Any]:
-    """What the canonical line says of the call to the model."""
-    usage = record.usage
-    return {
-        "operation": record.operation.genai_name,
-        "model": record.request_model,
-        "response_model": record.response_model,
-        "upstream": record.upstream,
-        "stream": record.stream,
-        "attempts": record.attempts,
-        "input_tokens": usage.input_tokens if usage else 0,
-        "output_tokens": usage.output_tokens if usage else 0,
-        "usage_source": usage.source if usage else None,
-        "cost_usd": record.cost.usd,
-        "cost_source": record.cost.source,
-        "ttft_ms": _milliseconds(record.time_to_first_token_seconds),
-        "error_code": record.error_code,
-        "conversation_id": record.conversation_id,
-        "upstream_request_id": record.upstream_request_id,
-        "trace_id": record.trace_id,
-    }
-
-
-def _milliseconds(seconds: float | None) -> float | None:
-    return round(seconds * 1000, 3) if seconds is not None else None

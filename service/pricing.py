@@ -7,9 +7,11 @@ so here too; after that a request costs a few multiplications. What nobody knows
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from typing import Final
 
 import msgspec
@@ -24,6 +26,12 @@ HOLD_SECONDS: Final = 3600.0
 HOLD_MODELS: Final = 2_000
 """Model names come from callers, so what is held of them has a bound."""
 _MILLION: Final = 1_000_000
+_CHECKED: Final = re.compile(r"(?i)\b(?:checked|verified|as of|last updated)\b\D{0,12}(\d{4}-\d\d-\d\d)")
+_TABLE_NAMES: Final = (
+    *("input_mtok", "output_mtok", "cache_read_mtok", "cache_write_mtok"),
+    *("input_audio_mtok", "output_audio_mtok"),
+)
+"""What the table calls the fields of a Price, in their order."""
 
 
 class Tier(msgspec.Struct, frozen=True):
@@ -55,10 +63,12 @@ class PriceTable:
         overrides: Mapping[str, Price] | None = None,
         contexts: Mapping[str, int] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        today: Callable[[], datetime] | None = None,
     ) -> None:
         self._overrides = dict(overrides or {})
         self._contexts = dict(contexts or {})
         self._clock = clock
+        self._today = today or partial(datetime.now, UTC)
         self._held: dict[tuple[str, str], tuple[float, ModelFacts]] = {}
 
     def cost(self, model: str, provider: str, response_model: str, usage: Usage) -> Cost:
@@ -83,13 +93,13 @@ class PriceTable:
             return held[1]
         if len(self._held) >= HOLD_MODELS:
             self._held.clear()
-        facts = look_up(model, provider)
+        facts = look_up(model, provider, self._today())
         self._held[(model, provider)] = (now, facts)
         return facts
 
 
-def look_up(model: str, provider: str) -> ModelFacts:
-    """A model in the table of genai-prices, which lies inside that package: nothing is fetched."""
+def look_up(model: str, provider: str, at: datetime) -> ModelFacts:
+    """A model, as of a date, in the table of genai-prices, which lies in that package: nothing is fetched."""
     if not model:
         return ModelFacts()
     if provider == "simulator":
@@ -99,11 +109,28 @@ def look_up(model: str, provider: str) -> ModelFacts:
         _, found = get_snapshot().find_provider_model(model, None, provider or None, None)
     except LookupError:
         return ModelFacts()
-    return ModelFacts(tiers=_tiers(found), source=TABLE, context_tokens=found.context_window)
+    return ModelFacts(tiers=_tiers(found, at), source=TABLE, context_tokens=found.context_window)
+
+
+def checked_at() -> float | None:
+    """The latest day on which anything in the table was checked, as its own comments say; seconds since 1970.
+
+    They are all that it has of a date: when a price begins may be told long before. None: they name no day.
+    """
+    comments = (
+        comment
+        for provider in get_snapshot().providers
+        for comment in (provider.price_comments, *(model.price_comments for model in provider.models))
+    )
+    days = {day for comment in comments if comment for day in _CHECKED.findall(comment)}
+    return max(filter(None, map(_seconds, days)), default=None)
 
 
 def cost_usd(price: Price, usage: Usage) -> float:
-    """Cached and cache-written tokens are parts of the input tokens: each token is paid once."""
+    """All parts lie in the input or the output tokens: each token is paid once.
+
+    Cached tokens are taken to be text as far as there is text, because nobody says which of them were heard.
+    """
     cached = usage.cached_input_tokens if price.cached_input is not None else 0
     written = usage.cache_write_tokens if price.cache_write is not None else 0
     plain = max(usage.input_tokens - cached - written, 0)
@@ -112,13 +139,24 @@ def cost_usd(price: Price, usage: Usage) -> float:
         total += cached * price.cached_input
     if written and price.cache_write is not None:
         total += written * price.cache_write
+    if usage.audio_input_tokens and price.audio_input is not None:
+        total += min(usage.audio_input_tokens, plain) * (price.audio_input - price.input)
+    if usage.audio_output_tokens and price.audio_output is not None:
+        total += min(usage.audio_output_tokens, usage.output_tokens) * (price.audio_output - price.output)
     return total / _MILLION
 
 
-def _tiers(model: ModelInfo) -> tuple[Tier, ...]:
-    price = model.get_prices(datetime.now(tz=UTC))
+def _seconds(day: str) -> float | None:
+    try:
+        return datetime.fromisoformat(day).replace(tzinfo=UTC).timestamp()
+    except ValueError:
+        return None
+
+
+def _tiers(model: ModelInfo, at: datetime) -> tuple[Tier, ...]:
+    price = model.get_prices(at)
     starts = {0}
-    for name in ("input_mtok", "output_mtok", "cache_read_mtok", "cache_write_mtok"):
+    for name in _TABLE_NAMES:
         value = getattr(price, name, None)
         if isinstance(value, TieredPrices):
             starts.update(tier.start for tier in value.tiers)
@@ -134,7 +172,7 @@ def _price_above(price: ModelPrice, start: int) -> Price | None:
             value = max(reached, key=lambda tier: tier.start).price if reached else value.base
         return None if value is None else float(value)
 
-    given, made = at("input_mtok"), at("output_mtok")
+    given, made, *parts = map(at, _TABLE_NAMES)
     if given is None and made is None:
         return None  # priced by the request or the second: not by tokens
-    return Price(given or 0.0, made or 0.0, at("cache_read_mtok"), at("cache_write_mtok"))
+    return Price(given or 0.0, made or 0.0, *parts)

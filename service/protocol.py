@@ -19,6 +19,11 @@ class BoundedHeadProtocol(HttpToolsProtocol):
     _in_head = True
     _head_bytes = 0
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        # After a reset uvicorn leaves it, and with it for 75 s the request that was the last.
+        self._unset_keepalive_if_required()
+
     def data_received(self, data: bytes) -> None:
         if self._in_head:
             self._head_bytes += len(data)

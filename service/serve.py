@@ -25,11 +25,13 @@ from prometheus_client import CollectorRegistry
 from starlette.types import ASGIApp
 
 from service import __version__
+from service.adminport import AdminServer, address, listen
 from service.api.admin import AdminApp
 from service.app import create_app
 from service.config import SIMULATOR, Configuration, UpstreamKind
-from service.errors import ConfigurationError
+from service.configwatch import ConfigFiles
 from service.lifecycle import Lifecycle
+from service.logging import LogLevel
 from service.protocol import BoundedHeadProtocol
 from service.telemetry import exposition
 
@@ -105,55 +107,19 @@ class WeirServer(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-class AdminServer:
-    """The admin application on a thread; `start` returns when it answers."""
-
-    def __init__(self, app: AdminApp, listener: socket.socket) -> None:
-        self._listener = listener
-        self._server = uvicorn.Server(
-            uvicorn.Config(
-                app,
-                loop="asyncio",
-                http="h11",
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                timeout_graceful_shutdown=1,
-            )
-        )
-        self._started = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="admin", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-        self._started.wait()
-
-    def stop(self) -> None:
-        self._server.should_exit = True
-        self._thread.join()
-
-    def _run(self) -> None:
-        asyncio.run(self._serve())
-
-    async def _serve(self) -> None:
-        serving = asyncio.ensure_future(self._server.serve(sockets=[self._listener]))
-        asyncio.get_running_loop().call_soon(self._started.set)
-        await serving
-
-
 def serve(configuration: Configuration, say: Callable[[str], None] | None = None) -> None:
     """Serve in this process until SIGTERM or SIGINT. Raises ConfigurationError for a taken port."""
     settings = configuration.settings
     admin_listener = listen("ADMIN_PORT", configuration.admin_host, settings.admin_port)
     listener = listen("PORT", configuration.host, settings.port)
     registry = CollectorRegistry()
-    lifecycle = Lifecycle(settings.liveness_timeout)
-    admin = AdminServer(AdminApp(lifecycle, exposition(registry)), admin_listener)
+    log_level = LogLevel(settings.level)
+    lifecycle = Lifecycle(settings.liveness_timeout, on_beat=lambda _: log_level.follow())
+    files = ConfigFiles(configuration)
+    admin = AdminServer(AdminApp(lifecycle, exposition(registry), files.tell, log_level), admin_listener)
     admin.start()
     try:
-        app = create_app(configuration, registry=registry, lifecycle=lifecycle)
+        app = create_app(configuration, registry=registry, lifecycle=lifecycle, files=files)
         announce(configuration, address(listener), address(admin_listener))
         told = welcome(configuration, address(listener), address(admin_listener))
         server = WeirServer(
@@ -197,28 +163,6 @@ def _settle_memory() -> None:
     gc.set_threshold(10_000, 20, 50)
 
 
-def listen(setting: str, host: str, port: int) -> socket.socket:
-    """A listening socket. Raises ConfigurationError, which names the setting."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-        listener.listen(2048)
-    except OSError as error:
-        listener.close()
-        raise ConfigurationError(
-            f"{setting}={port}: cannot listen on {host}: {error.strerror}; choose another {setting}"
-        ) from None
-    listener.setblocking(False)
-    return listener
-
-
-def address(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
 def announce(configuration: Configuration, api: str, admin: str) -> None:
     """What this process is, for the log; keys and addresses of upstreams stay out of it."""
     log.info(
@@ -232,8 +176,6 @@ def announce(configuration: Configuration, api: str, admin: str) -> None:
     )
     if any(u.kind is UpstreamKind.SIMULATOR for u in configuration.upstreams):
         log.warning("simulator", note="answers come from a simulator, not from a model")
-    if configuration.settings.redis_url is not None:
-        log.warning("redis_unused", note="REDIS_URL is set; this version keeps everything in memory")
 
 
 def welcome(configuration: Configuration, api: str, admin: str) -> str:

@@ -15,6 +15,8 @@ from service.domain import Message
 ASCII_LETTERS_PER_TOKEN: Final = 4
 MESSAGE_TOKENS: Final = 4
 """What a message costs besides its text: its role and its marks."""
+_SAID: Final = ("messages", "prompt", "input", "instructions")
+_SHOWN: Final = ("tools", "functions", "response_format", "text")
 IMAGE_TOKENS: Final = 765
 """A picture of 1024 x 1024 at high detail, by OpenAI's published rule."""
 
@@ -34,11 +36,10 @@ def estimate_message(message: Message) -> int:
 
 def estimate_request(parameters: dict[str, Any]) -> int:
     """Input tokens of a decoded request body, whichever of the four operations it is for."""
-    return sum(
-        _estimate_value(parameters[name])
-        for name in ("messages", "prompt", "input", "instructions", "tools", "functions")
-        if name in parameters
-    )
+    said = sum(_estimate_value(parameters[name]) for name in _SAID if name in parameters)
+    # Of schemas the names count, too: they go to the model as they are.
+    shown = sum(_estimate_value(parameters[name], names=True) for name in _SHOWN if name in parameters)
+    return said + shown
 
 
 def trim(messages: Sequence[Message], room_tokens: int) -> tuple[Message, ...]:
@@ -57,7 +58,7 @@ def trim(messages: Sequence[Message], room_tokens: int) -> tuple[Message, ...]:
     return tuple(reversed(kept))
 
 
-def _estimate_value(value: Any) -> int:
+def _estimate_value(value: Any, *, names: bool = False) -> int:
     """Not recursive: how deep a body is nested is its sender's choice."""
     tokens, waiting = 0, [value]
     while waiting:
@@ -70,9 +71,14 @@ def _estimate_value(value: Any) -> int:
             else:
                 waiting.extend(item)
         elif isinstance(item, dict):
+            tokens += MESSAGE_TOKENS if "role" in item else 0
+            left_out: tuple[str, ...] = ("role", "type")
             if item.get("type") in ("image_url", "input_image"):
                 tokens += IMAGE_TOKENS
-            else:
-                tokens += MESSAGE_TOKENS if "role" in item else 0
-                waiting.extend(v for k, v in item.items() if k not in ("role", "type"))
+                left_out += ("image_url", "detail")  # the picture's own bytes are no text
+            elif item.get("type") == "input_audio":
+                left_out += ("input_audio",)
+            if names:
+                tokens += sum(map(estimate_text, item))
+            waiting.extend(v for k, v in item.items() if k not in left_out)
     return tokens

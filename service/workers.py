@@ -24,21 +24,14 @@ from prometheus_client import multiprocess
 from starlette.types import ASGIApp
 from uvicorn_worker import UvicornWorker
 
+from service.adminport import AdminServer, address, listen
 from service.api.admin import AdminApp
 from service.app import create_app
 from service.config import Configuration
+from service.configwatch import ConfigFiles
 from service.lifecycle import Lifecycle
-from service.logging import configure
-from service.serve import (
-    HEAR_OUT_SECONDS,
-    AdminServer,
-    WeirServer,
-    address,
-    announce,
-    listen,
-    server_options,
-    welcome,
-)
+from service.logging import LogLevel, configure, json_lines
+from service.serve import HEAR_OUT_SECONDS, WeirServer, announce, server_options, welcome
 from service.telemetry import exposition, merged_registry
 
 MAX_WORKERS: Final = 1_024
@@ -112,15 +105,37 @@ class Worker(UvicornWorker):
             sys.exit(Arbiter.WORKER_BOOT_ERROR)
 
 
+class Master(Arbiter):
+    """gunicorn's arbiter, which also keeps up with the files of the configuration.
+
+    Each worker reads them by itself. The master does so that a worker which comes later begins with the last
+    good one, and to answer /config.
+    """
+
+    def murder_workers(self) -> None:
+        self.app.files.follow()
+        self.app.log_level.follow()
+        super().murder_workers()
+
+
 class Application(BaseApplication):
     """gunicorn's application for one configuration."""
 
     def __init__(self, configuration: Configuration, heartbeats: Heartbeats) -> None:
-        self.configuration = configuration
+        self.files = ConfigFiles(configuration)
         self.heartbeats = heartbeats
+        self.log_level = LogLevel(configuration.settings.level)
         self._slot = 0
         self._worker: Any = None
         super().__init__()
+
+    @property
+    def configuration(self) -> Configuration:
+        """The last good one, which a worker begins with."""
+        return self.files.good
+
+    def run(self) -> None:
+        Master(self).run()
 
     def load_config(self) -> None:
         settings = self.configuration.settings
@@ -150,7 +165,7 @@ class Application(BaseApplication):
 
     def load(self) -> ASGIApp:
         settings = self.configuration.settings
-        configure("debug" if settings.debug else settings.log_level, settings.log_format)
+        configure(self.log_level.level, settings.log_format)
         lifecycle = Lifecycle(
             settings.liveness_timeout,
             on_beat=self._beat,
@@ -159,6 +174,7 @@ class Application(BaseApplication):
 
     def _beat(self, lifecycle: Lifecycle) -> None:
         """Tell both: the probes, and gunicorn, whom uvicorn does not tell while it drains."""
+        self.log_level.follow()
         self.heartbeats.write(self._slot, lifecycle)
         if self._worker is not None:
             self._worker.notify()
@@ -190,7 +206,12 @@ def serve_workers(configuration: Configuration, say: Callable[[str], None] | Non
         # A new collector for each scrape: it reads the files of the workers that are there then.
         return exposition(merged_registry(directory))(accept)
 
-    admin = AdminServer(AdminApp(heartbeats, metrics), listener)
+    application = Application(configuration, heartbeats)
+    lines = json_lines()
+    if lines is not None:
+        lines.share()
+    tell = AdminApp(heartbeats, metrics, application.files.tell, application.log_level)
+    admin = AdminServer(tell, listener)
     api = f"http://{_bracketed(configuration.host)}:{settings.port}"
     announce(configuration, api, address(listener))
     if say is not None:
@@ -198,7 +219,7 @@ def serve_workers(configuration: Configuration, say: Callable[[str], None] | Non
     admin.start()
     master = os.getpid()
     try:
-        Application(configuration, heartbeats).run()
+        application.run()
     finally:
         if os.getpid() == master:  # forked workers leave through here too, without the thread
             admin.stop()

@@ -23,6 +23,8 @@ TAGS: Final = [
     {"name": "chat", "description": "Turns of a conversation that Weir keeps."},
     {"name": "conversations", "description": "What is kept: seen by its owner alone."},
     {"name": "generate", "description": "Single prompts, without a conversation."},
+    {"name": "usage", "description": "What was used, by whom and at which model."},
+    {"name": "tenants", "description": "For operators: a tenant's conversations, taken along or erased."},
     {"name": "system", "description": "Is it there, and how is it?"},
 ]
 _EXAMPLES: Final[dict[Operation, dict[str, Any]]] = {

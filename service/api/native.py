@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from datetime import UTC, datetime
+from functools import partial
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -17,55 +18,54 @@ from service.api import schemas
 from service.api.caller import CallerWatch
 from service.api.context import Dialect, RequestContext, context_of
 from service.api.sse import event, send_stream
-from service.chat import ChatService, Exchange
+from service.chat import Exchange
 from service.dialogue import Dialogue, Opening
 from service.domain import (
-    UNPRICED,
     ChatRequest,
     Conversation,
-    Cost,
     Operation,
     Outcome,
     RequestRecord,
-    Usage,
 )
 from service.errors import UpstreamProtocolError, WeirError
 
 PREFIX = "/api/v1"
 
 
-def make_router(
-    service: ChatService, dialogue: Dialogue, *, batch_concurrency: int, keepalive_seconds: float
-) -> APIRouter:
-    """The routes, bound to one service."""
+def make_router(*, batch_concurrency: int, keepalive_seconds: float) -> APIRouter:
+    """The routes; each request is served by the snapshot in its context."""
     router = APIRouter(prefix=PREFIX)
 
-    def exchange(context: RequestContext, route: str) -> Exchange:
-        opened = service.exchange(
+    def exchange(context: RequestContext, route: str, part: str | None = None) -> Exchange:
+        left = context.left_seconds  # a bad header ends it before there is a record
+        opened = context.snapshot.service.exchange(
             request_id=context.request_id,
             route=PREFIX + route,
             operation=Operation.CHAT,
             principal=context.principal,
-            traceparent=context.header(b"traceparent"),
+            trace=context.trace if part is None or context.trace is None else context.trace.part(part),
+            address=context.client_address,
         )
-        context.record = opened.record
+        context.record, context.exchange = opened.record, opened
+        opened.priority = context.priority
+        opened.expire(left)
         return opened
 
     @router.post("/chat", tags=["chat"], summary="One turn of a conversation")
     async def chat(body: schemas.ChatBody, request: Request) -> schemas.ChatAnswer:
         context = context_of(request.scope)
-        turn = _request_of(body)
+        turn, dialogue = _request_of(body), context.snapshot.dialogue
         if body.stream:
             return _TurnStream(  # type: ignore[return-value]  # FastAPI passes a Response on as it is
-                dialogue, exchange(context, "/chat"), turn, keepalive_seconds
+                exchange(context, "/chat"), turn, keepalive_seconds
             )
         async with exchange(context, "/chat") as run:
-            with CallerWatch(request.receive, service.sweep):
+            with CallerWatch(request.receive, run.sweep):
                 opening = await dialogue.begin(context.principal, turn, stream=False)
                 run.record.conversation_id = opening.conversation_id
-                await run.open(opening.call)
+                await run.open(opening.call, wish=context.wish)
                 text = _text_of(run.whole)
-        await dialogue.keep(opening, text, run.record)
+            run.beside = partial(dialogue.keep, opening, text, run.record)
         return _chat_answer(run.record, opening, text)
 
     @router.post(
@@ -90,20 +90,22 @@ def make_router(
     )
     async def chat_stream(body: schemas.ChatBody, request: Request) -> Response:
         run = exchange(context_of(request.scope), "/chat/stream")
-        return _TurnStream(dialogue, run, _request_of(body), keepalive_seconds)
+        return _TurnStream(run, _request_of(body), keepalive_seconds)
 
     @router.get("/conversations", tags=["conversations"], summary="Your latest conversations")
     async def list_conversations(
         request: Request, limit: Annotated[int, Query(ge=1, le=1_000)] = 100
     ) -> schemas.ConversationList:
-        found = await dialogue.list(context_of(request.scope).principal, limit)
+        context = context_of(request.scope)
+        found = await context.snapshot.dialogue.list(context.principal, limit)
         return schemas.ConversationList(
             conversations=[schemas.ConversationSummary(**_summary(c)) for c in found]
         )
 
     @router.get("/conversations/{conversation_id}", tags=["conversations"], summary="One conversation")
     async def show_conversation(conversation_id: UUID, request: Request) -> schemas.ConversationOut:
-        found = await dialogue.show(context_of(request.scope).principal, str(conversation_id))
+        context = context_of(request.scope)
+        found = await context.snapshot.dialogue.show(context.principal, str(conversation_id))
         messages = [
             schemas.MessageOut(role=m.role, content=m.content, timestamp=_time(m.at)) for m in found.messages
         ]
@@ -118,14 +120,17 @@ def make_router(
         status_code=204,
     )
     async def delete_conversation(conversation_id: UUID, request: Request) -> None:
-        await dialogue.delete(context_of(request.scope).principal, str(conversation_id))
+        context = context_of(request.scope)
+        await context.snapshot.dialogue.delete(context.principal, str(conversation_id))
 
     @router.post("/generate", tags=["generate"], summary="Text for a single prompt")
     async def generate(body: schemas.GenerateBody, request: Request) -> schemas.GenerateAnswer:
+        context = context_of(request.scope)
+        dialogue = context.snapshot.dialogue
         call = dialogue.generation(body.prompt, body.max_tokens, body.temperature, body.model)
-        async with exchange(context_of(request.scope), "/generate") as run:
-            with CallerWatch(request.receive, service.sweep):
-                await run.open(call)
+        async with exchange(context, "/generate") as run:
+            with CallerWatch(request.receive, run.sweep):
+                await run.open(call, wish=context.wish)
                 text = _text_of(run.whole)
         record = run.record
         return schemas.GenerateAnswer(
@@ -139,18 +144,20 @@ def make_router(
     @router.post("/batch", tags=["generate"], summary="Up to 100 prompts in one call")
     async def batch(body: schemas.BatchBody, request: Request) -> schemas.BatchAnswer:
         context = context_of(request.scope)
+        service, dialogue = context.snapshot.service, context.snapshot.dialogue
+        _ = context.left_seconds  # one error for a bad header, not one for each prompt
         places = asyncio.Semaphore(batch_concurrency)
         records: list[RequestRecord] = []
 
         async def one(index: int, prompt: str) -> schemas.BatchResult:
             async with places:
                 call = dialogue.generation(prompt, body.max_tokens, body.temperature, body.model)
-                run = exchange(context, "/batch")
+                run = exchange(context, "/batch", "prompt")
                 records.append(run.record)
                 try:
                     async with run:
                         with watch.of_child():
-                            await run.open(call)
+                            await run.open(call, wish=context.wish)
                             text = _text_of(run.whole)
                 except WeirError as error:
                     detail = schemas.ErrorDetail(**error.body()["error"])
@@ -165,7 +172,7 @@ def make_router(
                 async with asyncio.TaskGroup() as group:
                     tasks = [group.create_task(one(i, prompt)) for i, prompt in enumerate(body.prompts)]
         finally:
-            context.record = _summed(records)
+            context.batch, context.record = records, _speaker(records)
         return _batch_answer([task.result() for task in tasks], context.request_id)
 
     return router
@@ -174,32 +181,30 @@ def make_router(
 class _TurnStream(Response):
     """A streamed turn as a response: asked, passed on and kept while it is sent."""
 
-    def __init__(
-        self, dialogue: Dialogue, run: Exchange, turn: ChatRequest, keepalive_seconds: float
-    ) -> None:
+    def __init__(self, run: Exchange, turn: ChatRequest, keepalive_seconds: float) -> None:
         super().__init__()
-        self._dialogue = dialogue
         self._run = run
         self._turn = turn
         self._keepalive = keepalive_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        run = self._run
+        run, context = self._run, context_of(scope)
+        dialogue = context.snapshot.dialogue
         async with run:
             with CallerWatch(receive, run.sweep):
-                opening = await self._dialogue.begin(run.record.principal, self._turn, stream=True)
+                opening = await dialogue.begin(run.record.principal, self._turn, stream=True)
                 run.record.conversation_id = opening.conversation_id
-                await run.open(opening.call, keep_text=True)
+                await run.open(opening.call, keep_text=True, wish=context.wish)
                 await send_stream(
                     send,
-                    context_of(scope),
+                    context,
                     Dialect.NATIVE,
-                    self._events(opening),
+                    self._events(dialogue, opening),
                     keepalive_seconds=self._keepalive,
                     headers=((b"x-conversation-id", opening.conversation_id.encode()),),
                 )
 
-    async def _events(self, opening: Opening) -> AsyncGenerator[bytes]:
+    async def _events(self, dialogue: Dialogue, opening: Opening) -> AsyncGenerator[bytes]:
         run, parts = self._run, []
         place: dict[str, Any] = {"conversation_id": opening.conversation_id}
         async with aclosing(run.events()) as events:
@@ -208,29 +213,13 @@ class _TurnStream(Response):
                     parts.append(text)
                     yield event({"delta": text, **place, "finished": False, "tokens_used": None})
         run.count()
-        await self._dialogue.keep(opening, "".join(parts), run.record)
+        await dialogue.keep(opening, "".join(parts), run.record)
         yield event({"delta": "", **place, "finished": True, "tokens_used": _tokens(run.record)})
 
 
-def _summed(records: list[RequestRecord]) -> RequestRecord | None:
-    """A batch's records as one, for the canonical line; the ledger has each."""
-    if not records:
-        return None
-    usages = [r.usage for r in records if r.usage is not None]
-    costs = [r.cost.usd for r in records if r.usage is not None and r.cost.usd is not None]
-    good = next((r for r in records if r.outcome is Outcome.SUCCESS), records[0])
-    return msgspec.structs.replace(
-        good,
-        attempts=sum(r.attempts for r in records),
-        usage=Usage(
-            input_tokens=sum(u.input_tokens for u in usages),
-            output_tokens=sum(u.output_tokens for u in usages),
-            source=usages[0].source,
-        )
-        if usages
-        else None,
-        cost=Cost(usd=sum(costs), source=good.cost.source) if len(costs) == len(usages) else UNPRICED,
-    )
+def _speaker(records: list[RequestRecord]) -> RequestRecord | None:
+    """The record of a batch that its headers tell of: a good one, if there is one."""
+    return next((r for r in records if r.outcome is Outcome.SUCCESS), records[0] if records else None)
 
 
 def _request_of(body: schemas.ChatBody) -> ChatRequest:

@@ -16,42 +16,44 @@ from starlette.types import Receive, Scope, Send
 from service.api.caller import CallerWatch
 from service.api.context import Dialect, context_of
 from service.api.sse import send_stream
-from service.chat import ChatService, read_call
+from service.chat import read_call
 from service.deadlines import Deadline
 from service.domain import Operation
 from service.errors import ModelNotFound, UpstreamTimeout
 
 JSON: Final = (b"content-type", b"application/json")
-_FORWARDED: Final = ((b"openai-beta", "OpenAI-Beta"), (b"traceparent", "traceparent"))
+_FORWARDED: Final = ((b"openai-beta", "OpenAI-Beta"),)
 
 
 class ModelEndpoint:
     """POST /v1/... for one operation, streamed or not."""
 
-    def __init__(self, service: ChatService, operation: Operation, *, keepalive_seconds: float) -> None:
+    def __init__(self, operation: Operation, *, keepalive_seconds: float) -> None:
         self.path = f"/v1/{operation.value}"
-        self._service = service
         self._operation = operation
         self._keepalive = keepalive_seconds
         self._dialect = Dialect.RESPONSES if operation is Operation.RESPONSES else Dialect.CHUNKS
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         context = context_of(scope)
-        exchange = self._service.exchange(
+        exchange = context.snapshot.service.exchange(
             request_id=context.request_id,
             route=self.path,
             operation=self._operation,
             principal=context.principal,
-            traceparent=context.header(b"traceparent"),
+            trace=context.trace,
+            address=context.client_address,
         )
-        context.record = exchange.record
+        context.record, context.exchange = exchange.record, exchange
+        exchange.priority = context.priority
         async with exchange:
-            with CallerWatch(receive, self._service.sweep):
+            with CallerWatch(receive, exchange.sweep):
+                exchange.expire(context.left_seconds)
                 call = read_call(self._operation, context.body)
                 for key, name in _FORWARDED:
                     if key in context.headers:
                         call.headers += ((name, context.headers[key].decode("latin-1")),)
-                await exchange.open(call)
+                await exchange.open(call, wish=context.wish)
                 if exchange.whole is not None:
                     await send_json(send, exchange.whole)
                 else:
@@ -63,19 +65,17 @@ class ModelEndpoint:
 class ModelList:
     """GET /v1/models."""
 
-    def __init__(self, service: ChatService) -> None:
-        self._service = service
-
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        models = await self.models(receive)
+        models = await self.models(scope, receive)
         await send_json(send, msgspec.json.encode({"object": "list", "data": models}))
 
-    async def models(self, receive: Receive) -> Sequence[dict[str, Any]]:
+    async def models(self, scope: Scope, receive: Receive) -> Sequence[dict[str, Any]]:
         """What the catalogue lists; it may have to ask an upstream."""
-        service = self._service
+        context = context_of(scope)
+        service = context.snapshot.service
         until = asyncio.get_running_loop().time() + service.limits.timeout_seconds
         with CallerWatch(receive, service.sweep), Deadline(service.sweep, until, _no_list):
-            return await service.catalogue.models()
+            return await service.catalogue.models(context.principal)
 
 
 class ModelShow(ModelList):
@@ -83,7 +83,7 @@ class ModelShow(ModelList):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         wanted = scope["path_params"]["model"]
-        for model in await self.models(receive):
+        for model in await self.models(scope, receive):
             if model["id"] == wanted:
                 return await send_json(send, msgspec.json.encode(model))
         raise ModelNotFound("There is no such model here.", param="model")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
@@ -40,13 +40,15 @@ class ChatBody(_Body):
 
 
 class UsageOut(_Body):
-    """Tokens of one call; the last three are parts of the first two."""
+    """Tokens of one call; all others are parts of the first two."""
 
     input_tokens: int
     output_tokens: int
     cached_input_tokens: int
     cache_write_tokens: int
     reasoning_tokens: int
+    audio_input_tokens: int
+    audio_output_tokens: int
     source: str = Field(description="`provider`, or `estimated` where the provider did not count.")
 
 
@@ -99,6 +101,96 @@ class ConversationOut(ConversationSummary):
 
 class ConversationList(_Body):
     conversations: list[ConversationSummary]
+
+
+class ConversationExport(ConversationOut):
+    """One line of an export: a conversation, and the name of the API key that owns it."""
+
+    key: str
+
+
+class Erased(_Body):
+    """What was erased of a tenant."""
+
+    tenant: str
+    conversations: int
+    cached_answers: int = Field(description="In Redis; those in the memory of pods end by themselves.")
+    idempotent_answers: int = Field(description="Those kept for their Idempotency-Key.")
+
+
+class UsageQuery(_Body):
+    """What `GET /api/v1/usage` may be asked for."""
+
+    since: str | None = Field(
+        default=None,
+        alias="from",
+        max_length=40,
+        description="First day or time: a date or RFC 3339, UTC if it does not say. 30 days before `to`.",
+        examples=["2026-11-01"],
+    )
+    until: str | None = Field(
+        default=None,
+        alias="to",
+        max_length=40,
+        description="Day or time at which it ends, itself not included; the end of today.",
+        examples=["2026-12-01"],
+    )
+    group_by: str = Field(
+        default="day,model",
+        max_length=40,
+        description="Any of tenant, key, model, day, hour, separated by commas: the columns in their order.",
+    )
+    unit: Literal["hour", "day"] | None = Field(
+        default=None,
+        description="Of which sums it is made: of days, kept for 400 days, or of hours, kept for 35 days. "
+        "Hours if something asked for needs them.",
+    )
+    tenant: str | None = Field(
+        default=None, max_length=200, description="Your own; with an admin's key any, or all if absent."
+    )
+    key: str | None = Field(default=None, max_length=200, description="Only this API key, by its name.")
+    model: str | None = Field(
+        default=None, max_length=200, description="Only this model; empty: requests that reached none."
+    )
+    format: Literal["json", "csv"] | None = Field(
+        default=None, description="`json`, or `csv`, which `Accept: text/csv` asks for too."
+    )
+
+
+class UsageSums(_Body):
+    """What was used. Requests that ended with an error are among the requests."""
+
+    requests: int
+    errors: int = Field(description="Neither success nor a caller who left.")
+    input_tokens: int
+    output_tokens: int
+    cached_input_tokens: int = Field(description="Part of the input tokens.")
+    reasoning_tokens: int = Field(description="Part of the output tokens.")
+    total_tokens: int
+    cost_usd: float = Field(description="US dollars, exact, with up to 9 decimals.")
+    unpriced_requests: int = Field(description="Requests with tokens whose price is not known.")
+    cache_hits: int
+
+
+class UsageRowOut(UsageSums):
+    """The sums of one group; it has the fields that `group_by` names."""
+
+    tenant: str | None = None
+    key: str | None = None
+    model: str | None = Field(default=None, description="Empty for requests that reached no model.")
+    day: str | None = None
+    hour: str | None = None
+
+
+class UsageReport(_Body):
+    """What was used from one time to another, in groups and together."""
+
+    since: datetime = Field(alias="from")
+    until: datetime = Field(alias="to")
+    unit: Literal["hour", "day"]
+    group_by: list[str]
+    rows: list[UsageRowOut] = Field(description="Sorted by the fields of `group_by`, in their order.")
+    totals: UsageSums
 
 
 class GenerateBody(_Body):

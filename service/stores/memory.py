@@ -1,15 +1,14 @@
-"""All stores in the process's memory: for one process, for a newcomer and for tests. Each is bounded."""
+"""Conversations in the process's memory: for one process, for a newcomer and for tests."""
 
 from __future__ import annotations
 
 import time
-from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 import msgspec
 
-from service.domain import Conversation, Principal, RequestRecord, Turn
-from service.errors import RateLimited
+from service.domain import Conversation, Principal, Turn
 
 
 class MemoryConversations:
@@ -30,14 +29,15 @@ class MemoryConversations:
         self._most = most
         self._keep_messages = keep_messages
         self._clock = clock
-        self._kept: OrderedDict[tuple[Principal, str], Conversation] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, str, str], Conversation] = OrderedDict()
+        """By tenant, name of the API key, and id."""
 
     def __len__(self) -> int:
         return len(self._kept)
 
     async def load(self, principal: Principal, conversation_id: str) -> Conversation | None:
         self._forget_expired()
-        return self._kept.get((principal, conversation_id))
+        return self._kept.get(_place(principal, conversation_id))
 
     async def append(
         self,
@@ -50,7 +50,7 @@ class MemoryConversations:
     ) -> bool:
         self._forget_expired()
         now = self._clock()
-        place = (principal, conversation_id)
+        place = _place(principal, conversation_id)
         if not begin and place not in self._kept:
             return False
         known = self._kept.get(place) or Conversation(conversation_id, principal, created_at=now)
@@ -71,12 +71,26 @@ class MemoryConversations:
 
     async def list(self, principal: Principal, limit: int) -> Sequence[Conversation]:
         self._forget_expired()
-        owned = [c for (owner, _), c in reversed(self._kept.items()) if owner == principal]
-        return owned[:limit]
+        owner = _place(principal, "")[:2]
+        owned = [c for place, c in reversed(self._kept.items()) if place[:2] == owner]
+        return [msgspec.structs.replace(c, messages=()) for c in owned[:limit]]
 
     async def delete(self, principal: Principal, conversation_id: str) -> bool:
         self._forget_expired()
-        return self._kept.pop((principal, conversation_id), None) is not None
+        return self._kept.pop(_place(principal, conversation_id), None) is not None
+
+    async def of_tenant(self, tenant: str) -> AsyncGenerator[Conversation]:
+        self._forget_expired()
+        for place in sorted(place for place in self._kept if place[0] == tenant):
+            if (found := self._kept.get(place)) is not None:  # it may go meanwhile
+                yield found
+
+    async def erase(self, tenant: str) -> int:
+        self._forget_expired()
+        places = [place for place in self._kept if place[0] == tenant]
+        for place in places:
+            del self._kept[place]
+        return len(places)
 
     def _forget_expired(self) -> None:
         oldest = self._clock() - self._ttl
@@ -87,45 +101,6 @@ class MemoryConversations:
             del self._kept[place]
 
 
-class MemoryLimiter:
-    """`requests` of each principal per `window_seconds`, spread evenly (GCRA).
-
-    A principal may use its whole share at once; it gets back one request every window/requests
-    seconds. So a window that begins with a whole share may hold almost two of them, and no stretch of
-    time more than one share and what came back in it. With `requests` None nothing is limited.
-    """
-
-    def __init__(
-        self,
-        requests: int | None,
-        window_seconds: float,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._interval = window_seconds / requests if requests else 0.0
-        self._burst = window_seconds - self._interval
-        self._clock = clock
-        self._due: dict[Principal, float] = {}
-        """For each principal: when it would have used up nothing."""
-
-    async def admit(self, principal: Principal) -> None:
-        if not self._interval:
-            return
-        now = self._clock()
-        due = max(self._due.get(principal, now), now)
-        wait = due - now - self._burst
-        # A hair of tolerance: the sum of the intervals is not exactly the window.
-        if wait > self._interval * 1e-6:
-            raise RateLimited(
-                "You sent too many requests; wait and send this one again.", retry_after_seconds=wait
-            )
-        self._due[principal] = due + self._interval
-
-
-class MemoryLedger:
-    """The latest `most` records; older ones are dropped, but stay in the metrics and the log."""
-
-    def __init__(self, most: int = 10_000) -> None:
-        self.records: deque[RequestRecord] = deque(maxlen=most)
-
-    async def enter(self, record: RequestRecord) -> None:
-        self.records.append(record)
+def _place(owner: Principal, conversation_id: str) -> tuple[str, str, str]:
+    """Without the owner's rights: they may change, and the conversation stays."""
+    return owner.tenant, owner.name, conversation_id

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 from collections.abc import Sequence
 from typing import Any, Final
@@ -14,8 +15,14 @@ from yarl import URL
 
 from service import __version__
 from service.domain import Call, Operation
-from service.errors import UpstreamError, UpstreamProtocolError
+from service.errors import (
+    UpstreamError,
+    UpstreamMisconfigured,
+    UpstreamProtocolError,
+    UpstreamRateLimited,
+)
 from service.ports import StreamedAnswer, WholeAnswer
+from service.routing.keys import LIMITED_SECONDS, REFUSED_SECONDS, KeyPool
 from service.upstreams.rejection import (
     MAX_ERROR_BYTES,
     broken_answer,
@@ -27,6 +34,8 @@ from service.upstreams.rejection import (
     unreachable,
 )
 
+ERROR_BODY_SECONDS: Final = 2.0
+"""For what an upstream says beside the status of its error."""
 LARGE_BYTES: Final = 1024 * 1024
 REQUEST_ID_HEADER: Final = "x-request-id"
 
@@ -40,13 +49,13 @@ class DirectUpstream:
         *,
         provider: str,
         base_url: str,
-        api_key: str | None = None,
+        api_keys: Sequence[str] = (),
         connect_timeout_seconds: float = 5.0,
         max_connections: int = 0,
     ) -> None:
         self.name = name
         self.provider = provider
-        self._api_key = api_key
+        self._keys = KeyPool(api_keys)
         self._base_url = base_url.rstrip("/")
         self._urls = {operation: URL(f"{self._base_url}/{operation.value}") for operation in Operation}
         self._headers = CIMultiDict(
@@ -58,43 +67,64 @@ class DirectUpstream:
                 "Accept-Encoding": "identity",
             }
         )
-        if api_key:
-            self._headers["Authorization"] = f"Bearer {api_key}"
+        self._with_key = {key: self._headers_with(key) for key in api_keys}
         # Whole-request deadlines belong to the core, which knows the caller; here only the connection's.
-        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_seconds)
+        # `connect` takes the look-up of the name in, which `sock_connect` does not; but the wait for one of a
+        # limited number of connections, too, which is no fault of the upstream.
+        self._timeout = aiohttp.ClientTimeout(
+            total=None,
+            connect=None if max_connections else connect_timeout_seconds,
+            sock_connect=connect_timeout_seconds,
+        )
         self._max_connections = max_connections
         self._session: aiohttp.ClientSession | None = None
 
     async def send(self, call: Call) -> WholeAnswer | StreamedAnswer:
-        headers = self._headers
+        key = self._keys.take()
+        headers = self._with_key[key] if key is not None else self._headers
         if call.headers:
             headers = CIMultiDict(headers)
             headers.update(call.headers)
         response = await self._request("POST", self._urls[call.operation], headers, call.body)
         try:
             if response.status != 200:
-                raise await self._rejection(response)
+                raise self._noted(key, await self._rejection(response, key))
             check_content_type(
                 response.headers.get("Content-Type", ""), stream=call.stream, status=response.status
             )
             if call.stream:
-                return _Stream(response)
+                return _Stream(response, key)
             return WholeAnswer(
                 await _read_whole(response), clean_request_id(response.headers.get(REQUEST_ID_HEADER))
             )
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, UpstreamError):
+                error.upstream_request_id = clean_request_id(response.headers.get(REQUEST_ID_HEADER))
             response.close()
             raise
 
     async def models(self) -> Sequence[dict[str, Any]]:
-        response = await self._request("GET", URL(f"{self._base_url}/models"), self._headers, None)
+        key = self._keys.take()
+        headers = self._with_key[key] if key is not None else self._headers
+        response = await self._request("GET", URL(f"{self._base_url}/models"), headers, None)
         try:
             if response.status != 200:
-                raise await self._rejection(response)
+                raise self._noted(key, await self._rejection(response, key))
             body = await _read_whole(response)
         finally:
             response.close()
         return read_models(body)
+
+    async def is_well(self, path: str) -> bool:
+        """Whether a GET of `path`, below the base URL, is answered with 200. Never raises."""
+        key = self._keys.take()
+        headers = self._with_key[key] if key is not None else self._headers
+        try:
+            response = await self._request("GET", URL(self._base_url + path), headers, None)
+        except UpstreamError:
+            return False
+        response.close()
+        return response.status == 200
 
     async def close(self) -> None:
         if self._session is not None:
@@ -118,7 +148,7 @@ class DirectUpstream:
             raise unreachable("its certificate is not trusted") from None
         except aiohttp.ClientSSLError:
             raise unreachable("no TLS connection could be made") from None
-        except aiohttp.ClientConnectorDNSError:
+        except (aiohttp.ClientConnectorDNSError, UnicodeError):
             raise unreachable("its name is not known") from None
         except aiohttp.ClientConnectorError:
             raise unreachable("the connection was refused") from None
@@ -136,26 +166,41 @@ class DirectUpstream:
             )
         return self._session
 
-    async def _rejection(self, response: aiohttp.ClientResponse) -> UpstreamError:
+    def _headers_with(self, key: str) -> CIMultiDict[str]:
+        headers = CIMultiDict(self._headers)
+        headers["Authorization"] = f"Bearer {key}"
+        return headers
+
+    def _noted(self, key: str | None, error: UpstreamError) -> UpstreamError:
+        """A key that is refused or limited rests; with another one the call may go again at once."""
+        if isinstance(error, UpstreamMisconfigured):
+            error.at_once = self._keys.rest(key, REFUSED_SECONDS)
+        elif isinstance(error, UpstreamRateLimited):
+            error.at_once = self._keys.rest(key, error.retry_after_seconds or LIMITED_SECONDS)
+        return error
+
+    async def _rejection(self, response: aiohttp.ClientResponse, key: str | None) -> UpstreamError:
         body = b""
         try:
-            while len(body) < MAX_ERROR_BYTES and (more := await response.content.readany()):
-                body += more
-        except (aiohttp.ClientError, ConnectionError):
+            async with asyncio.timeout(ERROR_BODY_SECONDS):
+                while len(body) < MAX_ERROR_BYTES and (more := await response.content.readany()):
+                    body += more
+        except (TimeoutError, aiohttp.ClientError, ConnectionError):
             pass  # the status says enough
         return rejection(
             response.status,
             body,
             retry_after=response.headers.get("Retry-After"),
             request_id=clean_request_id(response.headers.get(REQUEST_ID_HEADER)),
-            secret=self._api_key,
+            secret=key,
         )
 
 
 class _Stream:
     """A StreamedAnswer over an aiohttp response; aiohttp stops reading while nobody calls `read`."""
 
-    def __init__(self, response: aiohttp.ClientResponse) -> None:
+    def __init__(self, response: aiohttp.ClientResponse, secret: str | None) -> None:
+        self.secret = secret
         self._response = response
         self._content = response.content
         self.upstream_request_id = clean_request_id(response.headers.get(REQUEST_ID_HEADER))

@@ -76,17 +76,17 @@ class OpenAISDKUpstream:
             raise await self._translated(error) from None
         except httpx2.RequestError:  # while the SDK read an error's body: it lets this through
             raise unreachable("it closed the connection") from None
+        request_id = clean_request_id(response.headers.get("x-request-id"))
         try:
             check_content_type(
                 response.headers.get("content-type", ""), stream=call.stream, status=response.status_code
             )
             if call.stream:
-                return _Stream(response)
-            return WholeAnswer(await response.aread(), clean_request_id(response.headers.get("x-request-id")))
-        except httpx2.RequestError:
-            await response.aclose()
-            raise broken_answer() from None
-        except BaseException:
+                return _Stream(response, self._api_key)
+            return WholeAnswer(await _read_whole(response), request_id)
+        except BaseException as error:
+            if isinstance(error, UpstreamError):
+                error.upstream_request_id = request_id
             await response.aclose()
             raise
 
@@ -121,6 +121,13 @@ class OpenAISDKUpstream:
         return UpstreamProtocolError("The SDK could not read the upstream's answer.")
 
 
+async def _read_whole(response: httpx2.Response) -> bytes:
+    try:
+        return await response.aread()
+    except httpx2.RequestError:
+        raise broken_answer() from None
+
+
 def _decode(body: bytes) -> Any:
     try:
         return msgspec.json.decode(body)
@@ -131,7 +138,8 @@ def _decode(body: bytes) -> Any:
 class _Stream:
     """A StreamedAnswer over an httpx response."""
 
-    def __init__(self, response: httpx2.Response) -> None:
+    def __init__(self, response: httpx2.Response, secret: str | None) -> None:
+        self.secret = secret
         self._response = response
         self._chunks: AsyncIterator[bytes] = response.aiter_bytes()
         self.upstream_request_id: str | None = clean_request_id(response.headers.get("x-request-id"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import time
+from email.utils import parsedate_to_datetime
 from typing import Any, Final
 
 import msgspec
@@ -16,11 +18,11 @@ from service.errors import (
     UpstreamRejected,
     UpstreamTimeout,
     UpstreamUnavailable,
+    without_secrets,
 )
 
 _REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,200}")
 MAX_ERROR_BYTES: Final = 64 * 1024
-MAX_MESSAGE_LETTERS: Final = 2_000
 MAX_RETRY_AFTER_SECONDS: Final = 3_600.0
 
 
@@ -107,18 +109,21 @@ def _detail(body: bytes, secret: str | None) -> dict[str, Any]:
         detail = {"message": detail}
     if not isinstance(detail, dict):
         return {}
-    message = detail.get("message")
-    if isinstance(message, str):
-        if secret:
-            message = message.replace(secret, "(hidden)")
-        detail = {**detail, "message": message[:MAX_MESSAGE_LETTERS]}
-    return detail
+    return {
+        name: without_secrets(value, secret) if isinstance(value, str) else value
+        for name, value in detail.items()
+    }
 
 
 def _seconds(retry_after: str | None) -> float | None:
-    """Retry-After in seconds; its date form is rare and taken as not given."""
-    try:
-        seconds = float(retry_after) if retry_after else None
-    except ValueError:
+    """Retry-After in seconds, from either of its forms."""
+    if not retry_after:
         return None
-    return min(seconds, MAX_RETRY_AFTER_SECONDS) if seconds is not None and seconds >= 0 else None
+    try:
+        seconds = float(retry_after)
+    except ValueError:
+        try:
+            seconds = max(parsedate_to_datetime(retry_after).timestamp() - time.time(), 0.0)
+        except (ValueError, OverflowError):
+            return None
+    return min(seconds, MAX_RETRY_AFTER_SECONDS) if seconds >= 0 else None

@@ -109,6 +109,7 @@ class _Stream:
     """A StreamedAnswer made up on the way."""
 
     upstream_request_id: str | None = None
+    secret: str | None = None
 
     def __init__(self, events: Iterator[simulated.Event], pace: _Pace, model: str) -> None:
         self._events = events
