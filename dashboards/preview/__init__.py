@@ -1,0 +1,1 @@
+"""Pictures of the dashboards, from a Prometheus that has scraped the scripted run."""

@@ -1,0 +1,81 @@
+"""One dashboard as one picture: its title, its rows and its panels where its JSON puts them."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any, Final
+
+from PIL import Image
+
+from dashboards.preview.canvas import TEXT, WEAK, WIDTH, Box, Canvas
+from dashboards.preview.fields import Source
+from dashboards.preview.panels import draw
+from tests.observability.dashboards import Dashboard
+
+HEAD: Final = 58
+MARGIN: Final = 12
+UNIT: Final = 37
+"""Pixels of one row of the grid, the gap below it included."""
+GAP: Final = 8
+COLORS: Final = 200
+
+
+def picture(dashboard: Dashboard, source: Source, path: Path) -> None:
+    """Draw it, and write it as a PNG of few colours."""
+    panels = _placed(dashboard.document)
+    source = source.marked(dashboard.document)
+    bottom = max((panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in panels), default=1)
+    canvas = Canvas(HEAD + bottom * UNIT + MARGIN)
+    _head(canvas, dashboard)
+    for panel in panels:
+        place = panel["gridPos"]
+        column = (WIDTH - 2 * MARGIN + GAP) / 24
+        box = Box(
+            MARGIN + place["x"] * column,
+            HEAD + place["y"] * UNIT,
+            place["w"] * column - GAP,
+            place["h"] * UNIT - GAP,
+        )
+        if panel["type"] == "row":
+            canvas.text(box.x + 4, box.y + box.height / 2, "⌄", size=13, color=WEAK)
+            canvas.text(box.x + 22, box.y + box.height / 2, panel.get("title") or "", size=14, bold=True)
+        else:
+            draw(canvas, panel, box, source)
+    whole = io.BytesIO()
+    canvas.save(whole)
+    few = Image.open(whole).convert("RGB").quantize(COLORS, dither=Image.Dither.NONE)
+    few.save(path, optimize=True)
+
+
+def _head(canvas: Canvas, dashboard: Dashboard) -> None:
+    document = dashboard.document
+    canvas.text(MARGIN + 4, 20, document.get("title") or dashboard.name, size=18, bold=True)
+    variables = [v for v in document.get("templating", {}).get("list", []) if v.get("hide") not in (1, 2)]
+    x = MARGIN + 4.0
+    for variable in variables:
+        if variable["type"] == "datasource":
+            continue
+        name = variable.get("label") or variable["name"]
+        canvas.text(x, 44, name, size=11, color=WEAK)
+        x += 7.2 * len(name) + 6
+        canvas.text(x, 44, "All", size=11, color=TEXT)
+        x += 42
+
+
+def _placed(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """All panels where they are when every row is unfolded."""
+    found: list[dict[str, Any]] = []
+    moved = 0
+    for panel in document.get("panels", []):
+        panel = {**panel, "gridPos": {**panel["gridPos"], "y": panel["gridPos"]["y"] + moved}}
+        found.append(panel)
+        folded = panel.get("panels") or []
+        if panel["type"] == "row" and panel.get("collapsed") and folded:
+            first = min(child["gridPos"]["y"] for child in folded)
+            start = panel["gridPos"]["y"] + 1
+            for child in folded:
+                place = child["gridPos"]
+                found.append({**child, "gridPos": {**place, "y": start + place["y"] - first}})
+            moved += max(child["gridPos"]["y"] + child["gridPos"]["h"] for child in folded) - first
+    return found
