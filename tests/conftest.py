@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck
+from hypothesis import settings as properties
 
 from tests.fakes.upstream import FakeUpstream
 from tests.running import RunningWeir, configuration
+
+# Properties are tried without a look at the clock: a slow machine breaks none of them.
+properties.register_profile("weir", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+properties.load_profile("weir")
 
 
 @pytest.fixture(autouse=True)

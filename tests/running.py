@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -19,11 +20,13 @@ import openai
 import uvloop
 from prometheus_client import CollectorRegistry
 
+from service.adminport import listen
 from service.app import Adapters, Weir, create_app
 from service.config import Configuration, FileConfig, KeyConfig, Settings
 from service.domain import RequestRecord
 from service.lifecycle import Lifecycle
-from service.serve import WeirServer, listen, server_config
+from service.ports import Reservation
+from service.serve import WeirServer, server_config
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -109,16 +112,16 @@ class RunningWeir:
 
 
 class LedgerWatch:
-    """Wraps the ledger of a Weir, so that a test can wait for its records."""
+    """Listens to what is settled in a Weir, so that a test can wait for its records."""
 
     def __init__(self, parts: Weir) -> None:
-        self._inner = parts.service.ledger
+        self._settle = parts.service.accounts.settle
         self._records: list[RequestRecord] = []
         self._changed = threading.Condition()
-        parts.service.ledger = self
+        parts.service.accounts.settle = self.settle  # type: ignore[method-assign]
 
-    async def enter(self, record: RequestRecord) -> None:
-        await self._inner.enter(record)
+    async def settle(self, record: RequestRecord, reservation: Reservation | None) -> None:
+        await self._settle(record, reservation)
         with self._changed:
             self._records.append(record)
             self._changed.notify_all()
@@ -136,6 +139,9 @@ async def _call(function: Callable[[], Any]) -> Any:
 class WeirProcess:
     """`python -m service` in a process of its own, with an environment made of `values` alone."""
 
+    module = "service"
+    """What is run; a subclass may put something around it."""
+
     def __init__(self, *arguments: str, **values: str) -> None:
         keep = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME") or k.startswith("COVERAGE")}
         self.port, self.admin_port = free_port(), free_port()
@@ -150,7 +156,7 @@ class WeirProcess:
         self.url = f"http://127.0.0.1:{self.port}"
         self.admin_url = f"http://127.0.0.1:{self.admin_port}"
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "service", *arguments],
+            [sys.executable, "-m", self.module, *arguments],
             env=environment,
             cwd=values.get("PWD", ROOT),
             stdout=subprocess.PIPE,
@@ -208,6 +214,14 @@ class WeirProcess:
             )
         assert self.process.poll() is None, (self.lines, self.error_lines)
 
+    def wait_for_events(self, name: str, count: int) -> None:
+        """Returns once so many events of this name were logged."""
+        with self._changed:
+            assert self._changed.wait_for(
+                lambda: len(self.events(name)) >= count or self.process.poll() is not None, 30
+            ), (self.lines, self.error_lines)
+        assert self.process.poll() is None, (self.lines, self.error_lines)
+
     def events(self, name: str) -> list[dict[str, Any]]:
         """The logged events of this name so far."""
         parsed = [json.loads(line) for line in self.lines if line.startswith("{")]
@@ -232,7 +246,16 @@ class WeirProcess:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """One below those that the kernel gives to outgoing connections: none of these takes it meanwhile.
+
+    At random, for other processes of the same run ask too.
+    """
+    for _ in range(1_000):
+        port = random.SystemRandom().randrange(10_000, 30_000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise AssertionError("no port is free")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import socket
+import struct
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import httpx2
 import openai
 import pytest
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from service.api.context import RequestContext
 from service.config import load
@@ -45,13 +47,13 @@ def test_no_key_and_no_prompt_is_in_the_log_after_a_drain_or_a_fault(
     upstream: FakeUpstream, tmp_path: Path
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(
-        "import service.stores.memory as m\n"
-        "async def admit(self, principal):\n"
-        "    if principal.name == 'anonymous' and FAIL: raise ZeroDivisionError('made for the test')\n"
-        "FAIL = False\n"
         "import os\n"
-        "FAIL = os.environ.get('DEBUG') == 'true'\n"
-        "m.MemoryLimiter.admit = admit\n"
+        "import service.stores.memory_accounts as m\n"
+        "reserve = m.MemoryAccounts.reserve\n"
+        "async def broken(self, record, demand):\n"
+        "    if os.environ.get('DEBUG') == 'true': raise ZeroDivisionError('made for the test')\n"
+        "    return await reserve(self, record, demand)\n"
+        "m.MemoryAccounts.reserve = broken\n"
     )
     from tests.running import ROOT
 
@@ -115,16 +117,24 @@ def test_a_failed_response_is_no_success(weir: RunningWeir) -> None:
         assert (record.outcome, record.error_code) == (Outcome.UPSTREAM_ERROR, "response_failed")
 
 
-def test_a_batch_has_one_line_with_all_its_tokens(weir: RunningWeir) -> None:
+def test_each_prompt_of_a_batch_is_a_request_to_a_model_and_has_its_line(weir: RunningWeir) -> None:
     import structlog
 
     with structlog.testing.capture_logs() as lines:
         body = {"prompts": ["a", "b", "c"], "model": "flaky-1"}
-        assert httpx2.post(f"{weir.url}/api/v1/batch", json=body, timeout=20).json()["tokens_used"] == 36
+        response = httpx2.post(f"{weir.url}/api/v1/batch", json=body, timeout=20)
+        assert response.json()["tokens_used"] == 36
         weir.in_loop(lambda: None)
-    line = next(entry for entry in lines if entry["event"] == "request")
-    assert (line["input_tokens"], line["output_tokens"], line["attempts"]) == (24, 12, 3)
-    assert line["outcome"] == Outcome.SUCCESS
+    records = {record.id: record for record in weir.records(3)}
+    told = [entry for entry in lines if entry["event"] == "request"]
+    assert {line["id"] for line in told} == set(records)
+    assert {line["request_id"] for line in told} == {response.headers["x-request-id"]}
+    assert sorted(line["outcome"] for line in told) == ["success", "success", "upstream_error"]
+    for line in told:
+        record, good = records[line["id"]], line["outcome"] == Outcome.SUCCESS
+        assert (line["outcome"], line["route"], line["status"]) == (record.outcome, "/api/v1/batch", 200)
+        assert (line["input_tokens"], line["output_tokens"]) == ((12, 6) if good else (0, 0))
+        assert line["log_level"] == ("info" if good else "warning")
 
 
 # -- bounds --------------------------------------------------------------------------------------
@@ -202,6 +212,37 @@ def test_nothing_of_an_ended_request_is_kept_alive(weir: RunningWeir, upstream: 
         assert len(weir.parts.service.sweep) == 0
     finally:
         gc.enable()
+
+
+def test_an_answered_request_is_not_kept_while_its_connection_is(weir: RunningWeir) -> None:
+    """A body of many megabytes must not wait for the next request of its caller."""
+    with httpx2.Client(timeout=20) as client:
+        body = {"model": "gpt-4o-mini", "messages": HELLO}
+        assert client.post(f"{weir.url}/v1/chat/completions", json=body).status_code == 200
+        assert no_more_of(weir, RequestContext)
+
+
+def test_a_reset_after_the_answer_leaves_nothing(weir: RunningWeir) -> None:
+    body = b'{"model":"gpt-4o-mini","messages":[]}'
+    with socket.create_connection(("127.0.0.1", weir.port), timeout=20) as caller:
+        caller.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: w\r\nContent-Length: %d\r\n\r\n%s"
+            % (len(body), body)
+        )
+        weir.records(1)
+        assert caller.recv(100_000).endswith(b"}")
+        caller.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    assert no_more_of(weir, RequestResponseCycle)
+
+
+def no_more_of(weir: RunningWeir, kind: type[object]) -> bool:
+    """Whether the last object of this kind goes away."""
+    for _ in range(1000):  # the last task may be on its last steps
+        weir.in_loop(lambda: None)
+        gc.collect()
+        if not any(type(o) is kind for o in gc.get_objects()):
+            return True
+    return False
 
 
 # -- upstreams with odd manners ------------------------------------------------------------------

@@ -254,7 +254,7 @@ def test_a_fault_of_weir_itself_is_a_500_in_the_envelope(weir: RunningWeir) -> N
     def fail(*_: object) -> None:
         raise ZeroDivisionError("a secret detail")
 
-    weir.parts.service.limiter.admit = fail  # type: ignore[method-assign,assignment]
+    weir.parts.service.accounts.reserve = fail  # type: ignore[method-assign,assignment]
     with pytest.raises(openai.InternalServerError) as caught:
         weir.sdk().chat.completions.create(model="gpt-4o-mini", messages=HELLO)
     assert caught.value.status_code == 500

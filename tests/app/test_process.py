@@ -8,17 +8,20 @@ import socket
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import openai
 import pytest
+import redis
 import yaml
 
 from service import __version__
 from service.auth import hash_key
 from tests.fakes.upstream import CONTENT, FakeUpstream
+from tests.redis_servers import Single
 from tests.running import ROOT, WeirProcess
 
 HELLO: Any = [{"role": "user", "content": "Hello!"}]
@@ -215,6 +218,19 @@ def test_new_connections_are_served_during_the_drain_delay() -> None:
         weir.process.kill()
 
 
+def test_during_the_drain_delay_each_answer_tells_its_caller_to_leave() -> None:
+    """A connection that is kept open would carry a later request into the end of the process."""
+    with WeirProcess(DRAIN_DELAY="30") as weir, httpx2.Client() as keeping_open:
+        weir.wait_until_ready()
+        assert "connection" not in keeping_open.get(weir.url).headers
+        weir.terminate()
+        while httpx2.get(f"{weir.admin_url}/readyz").status_code == 200:
+            pass
+        for path in ("/", "/v1/models", "/nothing"):
+            assert keeping_open.get(weir.url + path).headers["connection"] == "close"
+        weir.process.kill()
+
+
 def test_what_outlasts_the_drain_gets_an_error_event_and_is_accounted(upstream: FakeUpstream) -> None:
     with WeirProcess(OPENAI_BASE_URL=upstream.base_url, DRAIN_TIMEOUT="1") as weir:
         weir.wait_until_ready()
@@ -225,6 +241,53 @@ def test_what_outlasts_the_drain_gets_an_error_event_and_is_accounted(upstream: 
             list(stream)
         assert weir.wait() == 0
         assert weir.events("request")[0]["error_code"] == "server_shutting_down"
+
+
+def test_each_request_of_the_drain_is_in_the_ledger_when_the_process_has_ended(
+    upstream: FakeUpstream,
+) -> None:
+    """Two streams and a whole answer that run at SIGTERM, and one that comes before the listener closes."""
+    environment = {"OPENAI_BASE_URL": upstream.base_url, "OPENAI_MAX_RETRIES": "0", "REDIS_TIMEOUT": "2"}
+    with (
+        Single() as single,
+        WeirProcess(REDIS_URL=single.url, DRAIN_DELAY="3", DRAIN_TIMEOUT="1", **environment) as weir,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        weir.wait_until_ready()
+        ends_well = sdk(weir).chat.completions.create(model="gate-stream", messages=HELLO, stream=True)
+        next(ends_well)
+        whole, cut = (
+            pool.submit(_post, weir, {"model": model, "messages": HELLO, "stream": stream})
+            for model, stream in (("hang", False), ("stall", True))
+        )
+        upstream.wait_for_call(3)
+        weir.terminate()
+        while httpx2.get(f"{weir.admin_url}/readyz").status_code == 200:
+            pass
+        answer = sdk(weir).chat.completions.create(model="gpt-4o-mini", messages=HELLO)
+        assert answer.choices[0].message.content == CONTENT
+        upstream.release()
+        assert list(ends_well)[-1].choices[0].finish_reason == "stop"
+        # What outlasts the drain is told so: an error, or a whole event as the last of a whole answer.
+        assert whole.result().status_code == 503
+        assert whole.result().headers["x-should-retry"] == "true"
+        assert whole.result().json()["error"]["code"] == "server_shutting_down"
+        *begun, last, end = cut.result().text.split("\n\n")
+        assert begun
+        assert end == ""
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "server_shutting_down"
+        assert weir.wait() == 0
+        client: Any = redis.Redis.from_url(single.url)
+        entries = client.xrange("weir:{default}:ledger")
+        records = [json.loads(fields[b"record"]) for _, fields in entries]
+        assert sorted((r["request_model"], r["outcome"], r["error_code"]) for r in records) == [
+            ("gate-stream", "success", None),
+            ("gpt-4o-mini", "success", None),
+            ("hang", "internal_error", "server_shutting_down"),
+            ("stall", "stream_truncated", "server_shutting_down"),
+        ]
+        assert len({record["id"] for record in records}) == len(weir.events("request"))
+        assert not client.exists("weir:{default}:open", "weir:{default}:leases")
 
 
 # -- several workers -----------------------------------------------------------------------------
@@ -274,6 +337,10 @@ def test_workers_too_end_what_outlasts_the_drain_with_a_word(upstream: FakeUpstr
             list(stream)
         assert weir.wait() == 0
         assert weir.events("request")[0]["error_code"] == "server_shutting_down"
+
+
+def _post(weir: WeirProcess, body: dict[str, Any]) -> httpx2.Response:
+    return httpx2.post(f"{weir.url}/v1/chat/completions", json=body, timeout=30)
 
 
 def _ask(url: str) -> None:

@@ -366,36 +366,43 @@ def test_the_rate_limit_is_each_principals_own(upstream: FakeUpstream) -> None:
 def test_one_canonical_line_a_request(weir: RunningWeir) -> None:
     with structlog.testing.capture_logs() as lines:
         response = post(weir)
-        weir.records()
+        (record,) = weir.records()
         httpx2.get(f"{weir.url}/nowhere")
         weir.in_loop(lambda: None)
     first, second = (entry for entry in lines if entry["event"] == "request")
-    assert {**first, "ms": 0, "ttft_ms": None} == {
+    seconds, theirs, ours = (first.pop(f"{n}_seconds") for n in ("duration", "upstream", "overhead"))
+    assert theirs > 0
+    assert ours > 0
+    assert seconds >= theirs + ours
+    assert first == {
         "event": "request",
         "log_level": "info",
+        "request_id": response.headers["x-request-id"],
+        "id": record.id,
         "method": "POST",
         "route": "/v1/chat/completions",
         "status": 200,
-        "ms": 0,
         "outcome": "success",
         "key": "anonymous",
         "tenant": "default",
+        "priority": "normal",
         "operation": "chat",
         "model": "gpt-4o-mini",
         "response_model": "gpt-4o-mini",
         "upstream": "openai",
+        "provider": "127.0.0.1",
         "stream": False,
+        "cache": "bypass",
         "attempts": 1,
         "input_tokens": 12,
         "output_tokens": 6,
+        "cached_input_tokens": 4,
+        "reasoning_tokens": 2,
         "usage_source": "provider",
-        "cost_usd": None,
         "cost_source": "unpriced",
-        "ttft_ms": None,
-        "error_code": None,
-        "conversation_id": None,
+        "finish_reason": "stop",
+        "response_id": response.json()["id"],
         "upstream_request_id": response.headers["x-upstream-request-id"],
-        "trace_id": None,
     }
     assert (second["route"], second["status"], second["outcome"]) == ("none", 404, "client_error")
 
@@ -461,7 +468,8 @@ def test_the_openapi_page_documents_all_routes_with_examples_and_every_error(wei
         *("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses"),
         *("/v1/models", "/v1/models/{model}", "/api/v1/chat", "/api/v1/chat/stream"),
         *("/api/v1/conversations", "/api/v1/conversations/{conversation_id}"),
-        *("/api/v1/generate", "/api/v1/batch", "/", "/health"),
+        *("/api/v1/generate", "/api/v1/batch", "/api/v1/usage", "/", "/health"),
+        *(f"/api/v1/tenants/{{tenant}}/conversations{rest}" for rest in ("", "/export")),
     }
     for path, operations in page["paths"].items():
         for operation in operations.values():

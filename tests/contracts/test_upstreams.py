@@ -37,7 +37,7 @@ Make = Callable[[str], Upstream]
 
 
 def direct(origin: str) -> Upstream:
-    return DirectUpstream("under-test", provider="fake", base_url=f"{origin}/v1", api_key=SECRET)
+    return DirectUpstream("under-test", provider="fake", base_url=f"{origin}/v1", api_keys=[SECRET])
 
 
 def openai_sdk(origin: str) -> Upstream:
@@ -629,3 +629,19 @@ def test_the_sdk_adapter_does_not_retry_by_itself(upstream: FakeUpstream) -> Non
     asyncio.run(ask())
     assert len(upstream.requests) == 1
     assert openai.DEFAULT_MAX_RETRIES > 0, "else this proves nothing"
+
+
+async def test_the_look_up_of_a_name_is_within_the_time_to_connect(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def silent(*_: Any, **__: Any) -> Any:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", silent)
+    upstream = DirectUpstream(
+        "under-test", provider="fake", base_url="http://name.invalid/v1", connect_timeout_seconds=0.05
+    )
+    try:
+        async with asyncio.timeout(20):
+            with pytest.raises(UpstreamTimeout):
+                await upstream.send(call("good"))
+    finally:
+        await upstream.close()

@@ -30,12 +30,19 @@ echo                The content is the request body as a string; whole answers h
 status-NNN          Status NNN (400..599) with an OpenAI error envelope; in 401 the message holds the key.
 status-NNN-after    The same with ``Retry-After: 7``.
 status-NNN-html     Status NNN with an HTML body.
+too-long            400 with the code context_length_exceeded.
+filtered            400 with the code content_filter.
+by-key              A key that ends with -429 or -401 gets that status (429 with ``Retry-After: 7``); others a
+                    good answer.
 flaky-N             The first N calls of that model get 503, later ones a good answer.
+flaky-after-N       The first N calls of that model get 429 with ``Retry-After: 1``.
 flaky-reset-N       The first N calls of that model get a TCP reset after the request was read.
+half-N              Every second call of that model, the first one too, gets 503; the others a good answer.
 hang                Never answers.
 slow-head-MS        Waits MS milliseconds, then answers well.
 refuse-stream       A whole JSON answer, even if a stream was asked for.
 html                200 with a text/html page.
+wrong-type          A good answer, whole or streamed, that says it is text/plain.
 truncated-json      200 with half a JSON document and the content-length of that half.
 short-body          The content-length of the whole, but only half the body, then FIN.
 gzip                Good answer with ``Content-Encoding: gzip``; streams are flushed at each event.
@@ -898,6 +905,27 @@ async def status_html(x: Exchange, code: int) -> None:
     await x.whole(_HTML, status=code if 400 <= code <= 599 else 200, kind="text/html")
 
 
+@behaviour("too-long")
+async def too_long(x: Exchange) -> None:
+    await x.error(400, "Fake 400: the messages are too long.", "context_length_exceeded")
+
+
+@behaviour("filtered")
+async def filtered(x: Exchange) -> None:
+    await x.error(400, "Fake 400: the answer was filtered.", "content_filter")
+
+
+@behaviour("by-key")
+async def by_key(x: Exchange) -> None:
+    key = x.call.request.headers.get("authorization", "")
+    if key.endswith("-429"):
+        await status_after(x, 429)
+    elif key.endswith("-401"):
+        await status(x, 401)
+    else:
+        await x.answer()
+
+
 @behaviour("flaky-N")
 async def flaky(x: Exchange, failures: int) -> None:
     if x.fake._count(x.ask.model) <= failures:
@@ -911,6 +939,22 @@ async def flaky_reset(x: Exchange, failures: int) -> None:
     if x.fake._count(x.ask.model) <= failures:
         x.reset()
     await x.answer()
+
+
+@behaviour("flaky-after-N")
+async def flaky_after(x: Exchange, failures: int) -> None:
+    if x.fake._count(x.ask.model) <= failures:
+        await status(x, 429, {"retry-after": 1})
+    else:
+        await x.answer()
+
+
+@behaviour("half-N")
+async def half(x: Exchange, number: int) -> None:
+    if x.fake._count(x.ask.model) % 2:
+        await status(x, 503)
+    else:
+        await x.answer()
 
 
 @behaviour("hang")
@@ -932,6 +976,15 @@ async def refuse_stream(x: Exchange) -> None:
 @behaviour("html")
 async def html(x: Exchange) -> None:
     await x.whole(_HTML, kind="text/html; charset=utf-8")
+
+
+@behaviour("wrong-type")
+async def wrong_type(x: Exchange) -> None:
+    if not x.ask.streams:
+        await x.whole(document(x.ask, GOOD), kind="text/plain")
+        return
+    await x.send(x.stream_head(kind="text/plain"))
+    await x.play(script(x.ask, GOOD).events, end=True)
 
 
 @behaviour("truncated-json")
@@ -1362,7 +1415,7 @@ async def _answer(fake: FakeUpstream, call: SeenCall, writer: asyncio.StreamWrit
     elif operation != "models" and not model:
         await x.error(400, "You must provide a model parameter in a JSON body.", "missing_model")
     else:
-        await find_behaviour(model)(x)
+        await fake.behaviour_of(x.ask)(x)
 
 
 class FakeUpstream:
@@ -1461,6 +1514,12 @@ class FakeUpstream:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+    # what a fake of another kind changes
+
+    def behaviour_of(self, ask: Ask) -> Callable[[Exchange], Awaitable[None]]:
+        """What answers a request: here its model alone decides."""
+        return find_behaviour(ask.model)
 
     # inside the loop's thread
 

@@ -26,12 +26,30 @@ import msgspec
 
 from tests.performance.load import Job, Outcome
 from tests.performance.processes import BenchmarkError, Child, Cores, free_port, get, pin, resident_mb
-from tests.performance.report import TITLES, Metric, Row, Samples, as_json, bottleneck, goals, table
+from tests.performance.report import (
+    TITLES,
+    Metric,
+    Row,
+    Samples,
+    as_json,
+    bottleneck,
+    goals,
+    table,
+    telemetry,
+)
+from tests.redis_servers import Single
 
 _Number = TypeVar("_Number", int, float)
 
 _API_KEY: Final = "weir-benchmark-key"
+_RULES: Final = """
+upstreams: [{{name: bench, base_url: "{upstream}/v1", api_key_env: OPENAI_API_KEY}}]
+limits: [{{name: all, requests: 100000000, tokens: 100000000000, concurrent: 100000}}]
+budgets: [{{name: month, usd: 1000000}}]
+"""
 _ROWS: Final[tuple[Row, ...]] = get_args(Row)
+_OF_TELEMETRY: Final[tuple[Row, ...]] = ("weir_quiet", "weir_traces_1", "weir_traces")
+_SAMPLED: Final[dict[Row, str]] = {"weir_traces_1": "0.01", "weir_traces": "1"}
 _ANSWER_SECONDS: Final = 60.0
 """How much longer than its measured time a run may take altogether."""
 
@@ -42,6 +60,12 @@ class Measurement(NamedTuple):
     name: str
     job: Callable[[float, int, int], Job]
     kept: Callable[[Outcome], dict[Metric, float | None]]
+    of_telemetry: bool = False
+    """It is one of those that telemetry is measured by."""
+
+
+def _per_thousand(cpu_share: float, per_second: float) -> float | None:
+    return 1000 * cpu_share / per_second if per_second else None
 
 
 MEASUREMENTS: Final = (
@@ -53,17 +77,21 @@ MEASUREMENTS: Final = (
     Measurement(
         "requests/s",
         lambda seconds, port, pid: Job("whole", port, 32, seconds, _API_KEY, pid),
-        lambda o: {"requests_per_second": o.answers_per_second, "cpu_share_requests": o.cpu_share},
+        lambda o: {
+            "requests_per_second": o.answers_per_second,
+            "cpu_share_requests": o.cpu_share,
+            "cpu_seconds_per_1000_requests": _per_thousand(o.cpu_share, o.answers_per_second),
+        },
+        of_telemetry=True,
     ),
     Measurement(
         "paced streams",
         lambda seconds, port, pid: Job("paced", port, 200, seconds, _API_KEY, pid),
         lambda o: {
             "paced_chunks_per_second": o.chunks_per_second,
-            "cpu_seconds_per_1000_chunks": (
-                1000 * o.cpu_share / o.chunks_per_second if o.chunks_per_second else None
-            ),
+            "cpu_seconds_per_1000_chunks": _per_thousand(o.cpu_share, o.chunks_per_second),
         },
+        of_telemetry=True,
     ),
     Measurement(
         "unpaced streams",
@@ -110,7 +138,8 @@ class Harness:
                         self._fail(turn, row, "start", str(error))
             for measurement in MEASUREMENTS:
                 for service in services:
-                    self._measure(turn, service, measurement)
+                    if measurement.of_telemetry or service.row not in _OF_TELEMETRY:
+                        self._measure(turn, service, measurement)
             for service in services:
                 if service.row != "upstream":
                     self.samples.add(service.row, "resident_mb", turn, resident_mb(service.pid))
@@ -120,9 +149,13 @@ class Harness:
             return Service(row, self.upstream_port, self.upstream.pid)
         port, admin_port = free_port(), free_port()
         url = f"http://127.0.0.1:{self.upstream_port}"
-        if row == "weir":
-            command = self._weir_command()
+        if row.startswith("weir"):
+            command = self._weir_command(row)
             environment = self._weir_environment(port, admin_port, url)
+            if row == "weir_redis":
+                environment |= self._on_redis(running, url)
+            if row in _SAMPLED:
+                environment |= self._traced(running, _SAMPLED[row])
             ready = (admin_port, "/readyz")
         else:
             module = ["-m", "tests.performance.references", row]
@@ -135,15 +168,39 @@ class Harness:
             cores=self.cores.service,
             environment=environment,
             # cProfile writes its file when the interpreter ends as after Ctrl-C, not when SIGTERM ends it.
-            stop_signal=signal.SIGINT if row == "weir" and self.profile else signal.SIGTERM,
+            stop_signal=signal.SIGINT if row.startswith("weir") and self.profile else signal.SIGTERM,
         )
         running.callback(child.stop)
         self.samples.add(row, "ready_seconds", turn, child.wait_until_ready(*ready))
         return Service(row, port, child.pid)
 
-    def _weir_command(self) -> list[str]:
+    def _on_redis(self, running: ExitStack, upstream: str) -> dict[str, str]:
+        """A server of its own for this round, on the load generator's cores; limits that nobody reaches."""
+        pin_before = pin(self.cores.rest)
+        try:
+            redis = running.enter_context(Single())
+        finally:
+            pin(pin_before)
+        rules = self.directory / "rules.yaml"
+        rules.write_text(_RULES.format(upstream=upstream))
+        return {"REDIS_URL": redis.url, "WEIR_CONFIG": str(rules)}
+
+    def _traced(self, running: ExitStack, ratio: str) -> dict[str, str]:
+        """A collector of its own for this round, on the load generator's cores."""
+        command = [sys.executable, "-m", "tests.performance.collector"]
+        collector = Child(command, log=self.directory / "collector.log", cores=self.cores.rest, piped=True)
+        running.callback(collector.stop)
+        port = int(collector.ask(None, _ANSWER_SECONDS))
+        return {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{port}",
+            "OTEL_TRACES_SAMPLER": "traceidratio",
+            "OTEL_TRACES_SAMPLER_ARG": ratio,
+        }
+
+    def _weir_command(self, row: Row) -> list[str]:
         profiler = ["-m", "cProfile", "-o", str(self.profile)] if self.profile else []
-        return [sys.executable, *profiler, "-m", "service"]
+        module = "tests.performance.quiet" if row == "weir_quiet" else "service"
+        return [sys.executable, *profiler, "-m", module]
 
     def _weir_environment(self, port: int, admin_port: int, upstream: str) -> dict[str, str]:
         keys = self.directory / "keys.yaml"
@@ -268,7 +325,7 @@ def _print(harness: Harness, options: argparse.Namespace) -> None:
     parts = [table(samples, rows), f"{about}\n{harness.cores.note}", bottleneck(samples, rows)]
     if options.profile:
         parts.append("Weir ran under a profiler: its figures say nothing.")
-    parts.append(goals(samples))
+    parts += [telemetry(samples), goals(samples)]
     if harness.errors:
         parts.append(
             "\n".join(["Errors:", *(f"- {error}".replace("\n", "\n  ") for error in harness.errors)])

@@ -7,7 +7,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any, Final, Literal, NamedTuple
 
-Row = Literal["upstream", "bare", "fastapi", "weir"]
+Row = Literal[
+    "upstream", "bare", "fastapi", "weir", "weir_redis", "weir_quiet", "weir_traces_1", "weir_traces"
+]
 Metric = Literal[
     "requests_per_second",
     "p50_ms",
@@ -17,6 +19,7 @@ Metric = Literal[
     "fast_chunks_per_second",
     "resident_mb",
     "ready_seconds",
+    "cpu_seconds_per_1000_requests",
     "cpu_share_requests",
     "cpu_share_fast",
 ]
@@ -26,6 +29,10 @@ TITLES: Final[dict[Row, str]] = {
     "bare": "bare ASGI + aiohttp",
     "fastapi": "FastAPI + aiohttp",
     "weir": "Weir",
+    "weir_redis": "Weir on Redis (limits, a budget, the ledger)",
+    "weir_quiet": "Weir without metrics and request lines",
+    "weir_traces_1": "Weir, 1 % of the requests traced",
+    "weir_traces": "Weir, all requests traced",
 }
 
 
@@ -93,19 +100,27 @@ class Samples:
     def spread(self, row: Row, metric: Metric) -> Spread | None:
         return _spread(self.of(row, metric))
 
-    def ratio(self, row: Row, metric: Metric) -> Spread | None:
-        """The ratio to the bare reference, taken within each round, since rounds differ in noise."""
-        bare = self._values["bare", metric]
-        return _spread(v / bare[turn] for turn, v in self._values[row, metric].items() if bare.get(turn))
+    def ratio(self, row: Row, metric: Metric, to: Row = "bare") -> Spread | None:
+        """The ratio to a reference, taken within each round, since rounds differ in noise."""
+        reference = self._values[to, metric]
+        values = self._values[row, metric].items()
+        return _spread(v / reference[turn] for turn, v in values if reference.get(turn))
 
 
 GOALS: Final = (
     Goal("requests/s, ratio to bare", 0.65, True, lambda s: s.ratio("weir", "requests_per_second")),
+    Goal("the same on Redis", 0.5, True, lambda s: s.ratio("weir_redis", "requests_per_second")),
     Goal(
         "streamed chunks/s, ratio to bare, 200 streams of 50/s",
         0.8,
         True,
         lambda s: s.ratio("weir", "paced_chunks_per_second"),
+    ),
+    Goal(
+        "requests/s with metrics and request lines, ratio to without",
+        0.88,
+        True,
+        lambda s: s.ratio("weir", "requests_per_second", "weir_quiet"),
     ),
     Goal("resident memory, MB", 110, False, lambda s: s.spread("weir", "resident_mb")),
     Goal("seconds to ready", 2, False, lambda s: s.spread("weir", "ready_seconds")),
@@ -133,6 +148,30 @@ def table(samples: Samples, rows: Iterable[Row]) -> str:
                 cells.append(ratio.show(".2f") if ratio else "-")
         lines.append(cells)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def telemetry(samples: Samples) -> str:
+    """What each part of the telemetry costs, where it was measured."""
+    metrics: tuple[tuple[Metric, str], ...] = (
+        ("requests_per_second", "requests/s"),
+        ("cpu_seconds_per_1000_requests", "CPU time of a request"),
+        ("cpu_seconds_per_1000_chunks", "CPU time of a streamed chunk"),
+    )
+    rows: tuple[tuple[Row, str], ...] = (
+        ("weir", "metrics and request lines"),
+        ("weir_traces_1", "and 1 % of the requests traced"),
+        ("weir_traces", "all of them traced"),
+    )
+    lines = []
+    for row, title in rows:
+        told = [
+            f"{what} x {ratio.show('.3f')}"
+            for metric, what in metrics
+            if (ratio := samples.ratio(row, metric, "weir_quiet"))
+        ]
+        if told:
+            lines.append(f"- {title}: {', '.join(told)}")
+    return "\n".join(["Telemetry, against Weir without any:", *lines]) if lines else ""
 
 
 def goals(samples: Samples) -> str:
@@ -166,7 +205,10 @@ def bottleneck(samples: Samples, rows: Iterable[Row]) -> str:
 
 def as_json(samples: Samples, rows: Iterable[Row]) -> dict[str, Any]:
     """The same for machines, with every sample."""
-    metrics: tuple[Metric, ...] = (*(c.metric for c in COLUMNS), "cpu_share_requests", "cpu_share_fast")
+    metrics: tuple[Metric, ...] = (
+        *(c.metric for c in COLUMNS),
+        *("cpu_seconds_per_1000_requests", "cpu_share_requests", "cpu_share_fast"),
+    )
     return {
         "rows": {
             row: {

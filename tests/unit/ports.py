@@ -8,9 +8,12 @@ from typing import Any
 
 import msgspec
 
-from service.domain import Call, Cost, Operation, Principal, RequestRecord, Usage
+from service.domain import AttemptKind, Call, Cost, Operation, Principal, RequestRecord, Standing, Usage
 from service.errors import WeirError
-from service.ports import StreamedAnswer, Target, Upstream, WholeAnswer
+from service.ports import Demand, Reservation, StreamedAnswer, Target, Upstream, WholeAnswer
+from service.routing.breaker import Breaker
+from service.routing.places import Condition, Peer, Place
+from service.routing.routes import Route
 
 GOOD_BODY = msgspec.json.encode(
     {
@@ -39,6 +42,7 @@ class Stream:
     """A StreamedAnswer of these pieces; an exception among them is raised, a callable is awaited."""
 
     upstream_request_id: str | None = "req-stream"
+    secret: str | None = None
 
     def __init__(self, pieces: Iterable[Any]) -> None:
         self._pieces = iter(pieces)
@@ -96,11 +100,18 @@ class OneUpstream:
         self._upstream = upstream
         self._model = model
         self._stream_usage = stream_usage
+        self._routes: dict[str, Route] = {}
 
-    def resolve(self, model: str) -> Target:
-        return Target(self._upstream, self._model or model, self._stream_usage)
+    def resolve(self, model: str) -> Route:
+        if model not in self._routes:
+            target = Target(self._upstream, self._model or model, self._stream_usage)
+            place = Place(target, Condition(Peer(self._upstream.name), Breaker()))
+            self._routes[model] = Route(model, [place])
+        return self._routes[model]
 
-    async def models(self) -> Sequence[dict[str, Any]]:
+    def check(self, principal: Principal, model: str) -> None: ...
+
+    async def models(self, principal: Principal) -> Sequence[dict[str, Any]]:
         return []
 
 
@@ -117,25 +128,31 @@ class FlatPrices:
         return self._context
 
 
-class OpenLimiter:
-    """Admits everybody, after `before` (which may wait or raise)."""
+class ListAccounts:
+    """Reserves for everybody, after `before` (which may wait or raise), and keeps every record."""
 
-    def __init__(self, before: Callable[[], Any] | None = None) -> None:
+    by_address = False
+
+    def __init__(self, before: Callable[[], Any] | None = None, *, counts_use: bool = False) -> None:
         self._before = before
+        self._counts_use = counts_use
+        self.demands: list[Demand] = []
+        self.records: list[RequestRecord] = []
+        self.settled: list[Reservation | None] = []
+        self.given = Reservation()
 
-    async def admit(self, principal: Principal) -> None:
+    def estimates(self, principal: Principal, model: str) -> bool:
+        return self._counts_use
+
+    async def reserve(self, record: RequestRecord, demand: Demand) -> Reservation:
+        self.demands.append(demand)
         if self._before is not None:
             await self._before()
+        return self.given
 
-
-class ListLedger:
-    """Keeps every record that was entered."""
-
-    def __init__(self) -> None:
-        self.records: list[RequestRecord] = []
-
-    async def enter(self, record: RequestRecord) -> None:
+    async def settle(self, record: RequestRecord, reservation: Reservation | None) -> None:
         self.records.append(record)
+        self.settled.append(reservation)
 
 
 class NotingRecorder:
@@ -144,11 +161,38 @@ class NotingRecorder:
     def __init__(self) -> None:
         self.told: list[tuple[str, str | None]] = []
 
-    def opened(self, record: RequestRecord, traceparent: str | None) -> None:
-        self.told.append(("opened", traceparent))
+    def opened(self, record: RequestRecord) -> None:
+        self.told.append(("opened", record.trace_id))
 
-    def attempted(self, record: RequestRecord, error: WeirError | None) -> None:
+    def queued(self, priority: str, seconds: float) -> None: ...
+
+    def attempted(
+        self,
+        record: RequestRecord,
+        error: WeirError | None,
+        kind: AttemptKind,
+        seconds: float,
+        response_model: str = "",
+    ) -> None:
         self.told.append(("attempted", error.code if error else None))
+
+    def pace(self, record: RequestRecord, response_model: str) -> Callable[[float, int], None]:
+        return lambda _seconds, _events: None
+
+    def streamed(self, record: RequestRecord, seconds: float) -> None:
+        self.told.append(("streamed", record.outcome.value))
+
+    def unheard(self, record: RequestRecord, kind: AttemptKind, seconds: float) -> None:
+        self.told.append(("unheard", kind.value))
+
+    def hedged(self, *, won: bool, wasted_usd: float) -> None:
+        self.told.append(("hedged", f"{'won' if won else 'lost'} {wasted_usd:g}"))
+
+    def late(self, wasted_usd: float) -> None:
+        self.told.append(("late", f"{wasted_usd:g}"))
+
+    def standing(self, record: RequestRecord, standing: Standing) -> None:
+        self.told.append(("standing", None))
 
     def closed(self, record: RequestRecord) -> None:
         self.told.append(("closed", record.outcome.value))

@@ -7,13 +7,15 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from service import chat
-from service.chat import ChatService, Exchange, Limits, new_id, read_call
-from service.domain import Call, Operation, Outcome, RequestRecord, Usage, UsageSource
+from service.asking import Limits
+from service.chat import ChatService, Exchange, new_id, read_call
+from service.domain import Call, Cost, Operation, Outcome, Price, RequestRecord, Usage, UsageSource
 from service.errors import (
     CallerGone,
     InvalidRequest,
@@ -28,16 +30,16 @@ from service.errors import (
     UpstreamUnavailable,
 )
 from service.metering import MAX_EVENT_BYTES
-from service.ports import Ledger, Limiter, Upstream
+from service.ports import Reservation, Trace, Upstream
+from service.routing import retries
 from tests.unit.ports import (
     DONE,
     GOOD_BODY,
     USER,
     FlatPrices,
-    ListLedger,
+    ListAccounts,
     NotingRecorder,
     OneUpstream,
-    OpenLimiter,
     ScriptedUpstream,
     Stream,
     chat_call,
@@ -60,7 +62,7 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> Pauses:
         noted.append(seconds)
         await real(0)
 
-    monkeypatch.setattr("service.chat.asyncio.sleep", sleep)
+    monkeypatch.setattr("service.asking.asyncio.sleep", sleep)
     return noted
 
 
@@ -72,25 +74,23 @@ class Path:
         upstream: Upstream | None = None,
         *,
         limits: Limits | None = None,
-        limiter: Limiter | None = None,
-        ledger: Ledger | None = None,
+        accounts: ListAccounts | None = None,
         catalogue: OneUpstream | None = None,
     ) -> None:
         self.upstream = upstream or ScriptedUpstream()
-        self.kept = ListLedger()
+        self.kept = accounts or ListAccounts()
         self.recorder = NotingRecorder()
         self.service = ChatService(
             catalogue=catalogue or OneUpstream(self.upstream),
             prices=FlatPrices(),
-            limiter=limiter or OpenLimiter(),
-            ledger=ledger or self.kept,
+            accounts=self.kept,
             recorder=self.recorder,
             limits=limits or Limits(timeout_seconds=60, idle_seconds=60, max_retries=2),
         )
 
     def exchange(self, operation: Operation = Operation.CHAT) -> Exchange:
         return self.service.exchange(
-            request_id="req-1", route="/v1/x", operation=operation, principal=USER, traceparent="tp"
+            request_id="req-1", route="/v1/x", operation=operation, principal=USER, trace=Trace("tp")
         )
 
     async def ask(self, call: Call, *, keep_text: bool = False) -> tuple[bytes, RequestRecord]:
@@ -398,7 +398,7 @@ async def test_the_pause_that_the_upstream_asks_for_is_kept(pauses: Pauses) -> N
 
 
 async def test_an_upstream_that_asks_for_a_long_pause_gets_it_from_the_caller(pauses: Pauses) -> None:
-    limited = UpstreamRateLimited("slow", retry_after_seconds=chat.RETRY_AFTER_MOST_SECONDS + 0.1)
+    limited = UpstreamRateLimited("slow", retry_after_seconds=retries.RETRY_AFTER_MOST_SECONDS + 0.1)
     path = Path(ScriptedUpstream(limited, GOOD_BODY))
     with pytest.raises(UpstreamRateLimited):
         await path.ask(chat_call())
@@ -416,8 +416,8 @@ async def test_a_pause_beyond_the_deadline_is_not_begun(pauses: Pauses) -> None:
 
 @given(st.integers(1, 60))
 def test_pauses_grow_up_to_a_bound(attempt: int) -> None:
-    most = min(chat.BACKOFF_SECONDS * 2 ** (attempt - 1), chat.BACKOFF_MOST_SECONDS)
-    assert all(0 <= chat._pause(attempt, UNAVAILABLE) <= most for _ in range(20))
+    most = min(retries.BACKOFF_SECONDS * 2 ** (attempt - 1), retries.BACKOFF_MOST_SECONDS)
+    assert all(0 <= retries.pause(attempt, UNAVAILABLE) <= most for _ in range(20))
 
 
 async def never() -> Any:
@@ -500,12 +500,12 @@ async def test_a_connection_that_breaks_after_the_end_mark_costs_the_answer_noth
 Where = Callable[[asyncio.Event], tuple[Path, Call]]
 
 
-def in_the_limiter(here: asyncio.Event) -> tuple[Path, Call]:
+def in_the_accounts(here: asyncio.Event) -> tuple[Path, Call]:
     async def wait() -> None:
         here.set()
         await never()
 
-    return Path(limiter=OpenLimiter(wait)), chat_call()
+    return Path(accounts=ListAccounts(wait)), chat_call()
 
 
 def in_the_upstream(here: asyncio.Event) -> tuple[Path, Call]:
@@ -540,7 +540,7 @@ def in_a_pause(here: asyncio.Event) -> tuple[Path, Call]:
     return Path(ScriptedUpstream(fail)), chat_call()
 
 
-WHERE = [in_the_limiter, in_the_upstream, before_the_first_event, in_the_stream, in_a_pause]
+WHERE = [in_the_accounts, in_the_upstream, before_the_first_event, in_the_stream, in_a_pause]
 
 
 @pytest.mark.parametrize("where", WHERE, ids=lambda f: f.__name__)
@@ -559,7 +559,8 @@ async def test_a_cancelled_request_is_closed_once(where: Where, times: int) -> N
         await task
     await path.service.settled()
     record = path.closed_record()
-    assert (record.outcome, record.error_code) == (Outcome.INTERNAL_ERROR, "server_shutting_down")
+    cut = Outcome.STREAM_TRUNCATED if where is in_the_stream else Outcome.INTERNAL_ERROR
+    assert (record.outcome, record.error_code) == (cut, "server_shutting_down")
     if where is in_the_stream:
         assert record.usage is not None
         assert record.usage.output_tokens == 2, "what was streamed is paid for"
@@ -586,19 +587,19 @@ async def test_a_cancellation_while_the_stream_is_closed_loses_no_record() -> No
 async def test_a_request_cancelled_again_while_it_settles_is_entered_all_the_same() -> None:
     entering, go_on = asyncio.Event(), asyncio.Event()
 
-    class SlowLedger(ListLedger):
-        async def enter(self, record: RequestRecord) -> None:
+    class SlowAccounts(ListAccounts):
+        async def settle(self, record: RequestRecord, reservation: Reservation | None) -> None:
             entering.set()
             await go_on.wait()
-            await super().enter(record)
+            await super().settle(record, reservation)
 
-    ledger, here = SlowLedger(), asyncio.Event()
+    accounts, here = SlowAccounts(), asyncio.Event()
 
     async def wait() -> None:
         here.set()
         await never()
 
-    path = Path(ScriptedUpstream(wait), ledger=ledger)
+    path = Path(ScriptedUpstream(wait), accounts=accounts)
     task = asyncio.create_task(path.ask(chat_call()))
     await here.wait()
     task.cancel()
@@ -606,10 +607,10 @@ async def test_a_request_cancelled_again_while_it_settles_is_entered_all_the_sam
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert ledger.records == []
+    assert accounts.records == []
     go_on.set()
     await path.service.settled()
-    assert len(ledger.records) == 1
+    assert len(accounts.records) == 1
 
 
 @pytest.mark.parametrize(
@@ -618,7 +619,7 @@ async def test_a_request_cancelled_again_while_it_settles_is_entered_all_the_sam
         (CallerGone("gone"), Outcome.CLIENT_DISCONNECTED, "client_disconnected"),
         (ValueError("ours"), Outcome.INTERNAL_ERROR, "internal_error"),
         (InvalidRequest("no"), Outcome.CLIENT_ERROR, "invalid_request"),
-        (UpstreamRejected(408, {}), Outcome.TIMEOUT, "openai_service_error"),
+        (UpstreamRejected(408, {}), Outcome.TIMEOUT, "upstream_rejected"),
     ],
 )
 async def test_what_is_raised_inside_decides_the_outcome(
@@ -649,7 +650,7 @@ async def test_a_refused_principal_never_reaches_the_upstream() -> None:
         raise RateLimited("too many", retry_after_seconds=3)
 
     upstream = ScriptedUpstream()
-    path = Path(upstream, limiter=OpenLimiter(refuse))
+    path = Path(upstream, accounts=ListAccounts(refuse))
     with pytest.raises(RateLimited):
         await path.ask(chat_call())
     record = path.closed_record()
@@ -738,3 +739,65 @@ async def test_an_endless_event_is_given_up() -> None:
     with pytest.raises(UpstreamProtocolError):
         await path.ask(chat_call(stream=True))
     assert MAX_EVENT_BYTES <= 64 * 1024 * 1024
+
+
+# -- estimates -----------------------------------------------------------------------------------
+
+
+def output(operation: Operation = Operation.CHAT, **parameters: Any) -> tuple[int, int]:
+    """Tokens of an answer: expected, and at the most."""
+    return chat._output(Call(operation, "m", b""), parameters, None)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "most"),
+    [
+        ({"max_tokens": 100}, 100),
+        ({"max_completion_tokens": 1, "max_tokens": 100}, 100),  # one of them is not heeded
+        ({"max_output_tokens": 1}, 4096),  # not of this operation
+        ({"max_tokens": 100.0}, 100),
+        ({"max_tokens": True}, 4096),
+        ({"max_tokens": -5}, 4096),
+        ({"max_tokens": 10**30}, 1_000_000_000),
+        ({"max_tokens": 10, "n": 3}, 30),
+        ({"max_tokens": 10, "n": 3.0}, 30),
+        ({"max_tokens": 10, "n": "3"}, 10),
+    ],
+)
+def test_the_longest_answer_is_the_largest_that_an_upstream_may_give(
+    parameters: dict[str, Any], most: int
+) -> None:
+    assert output(**parameters)[1] == most
+
+
+def test_each_prompt_and_each_try_has_an_answer() -> None:
+    assert output(Operation.TEXT_COMPLETION, prompt=["a", "b"], max_tokens=10)[1] == 20
+    assert output(Operation.TEXT_COMPLETION, prompt=[[1, 2], [3]], max_tokens=10, best_of=5)[1] == 100
+    assert output(Operation.TEXT_COMPLETION, prompt=[1, 2, 3], max_tokens=10)[1] == 10
+    assert output(Operation.EMBEDDINGS, input="a", max_tokens=10) == (0, 0)
+
+
+async def test_what_the_provider_has_kept_of_a_conversation_is_reckoned_with() -> None:
+    accounts = ListAccounts(counts_use=True)
+    path = Path(accounts=accounts)
+    body = {"model": "good", "input": "Hello?", "max_output_tokens": 10, "previous_response_id": "resp_1"}
+    await path.ask(Call(Operation.RESPONSES, "good", msgspec.json.encode(body)))
+    (demand,) = accounts.demands
+    assert demand.usd < 20
+    assert demand.most_usd == 128_010
+
+
+async def test_what_nobody_heard_costs_what_it_costs_where_it_was_asked() -> None:
+    async def leave() -> Any:
+        return CallerGone("gone")
+
+    upstream = ScriptedUpstream(leave)
+    catalogue = OneUpstream(upstream)
+    (place,) = catalogue.resolve("good").places
+    place.target = msgspec.structs.replace(place.target, price=Price(input=2_000_000.0, output=0.0))
+    path = Path(upstream, catalogue=catalogue)
+    with pytest.raises(CallerGone):
+        await path.ask(chat_call())
+    record = path.closed_record()
+    assert record.usage is not None
+    assert record.cost == Cost(2.0 * record.usage.input_tokens, "override")

@@ -151,7 +151,7 @@ def test_another_host_takes_any_key_and_none(key: str | None) -> None:
     configuration = load(settings(openai_base_url="http://llm.internal/v1", openai_api_key=key))
     (upstream,) = configuration.upstreams
     assert (upstream.kind, upstream.base_url) == (UpstreamKind.DIRECT, "http://llm.internal/v1")
-    assert configuration.api_key(upstream) == key
+    assert configuration.api_keys(upstream) == ((key,) if key else ())
 
 
 def test_a_key_alone_means_openai() -> None:
@@ -288,7 +288,11 @@ keys:
 """,
     )
     assert [u.name for u in configuration.upstreams] == ["one", "two", "sim"]
-    assert [configuration.api_key(u) for u in configuration.upstreams] == ["secret-one", "secret-two", None]
+    assert [configuration.api_keys(u) for u in configuration.upstreams] == [
+        ("secret-one",),
+        ("secret-two",),
+        (),
+    ]
     assert configuration.file.models[0].aliases == ("quick",)
     assert configuration.keys == (KeyConfig(name="anna", tenant="team", sha256=HASH),)
     assert configuration.default_model == "fast"

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import math
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from service.domain import Conversation, Message, Operation, Principal, RequestRecord, Turn
-from service.errors import RateLimited
-from service.stores.memory import MemoryConversations, MemoryLedger, MemoryLimiter
+from service.domain import Conversation, Message, Principal, Turn
+from service.stores.memory import MemoryConversations
 from tests.unit.ports import Clock
 
 ANNA, BERT = Principal("anna", "team"), Principal("bert", "team")
@@ -143,109 +139,3 @@ async def test_a_deleted_conversation_is_gone_once() -> None:
     assert await kept.delete(ANNA, "c")
     assert not await kept.delete(ANNA, "c")
     assert await kept.load(ANNA, "c") is None
-
-
-# -- the limiter ---------------------------------------------------------------------------------
-
-
-def refused(limiter: MemoryLimiter, who: Principal = ANNA) -> float | None:
-    """Seconds to wait, or None if one request was admitted. The memory limiter never waits itself."""
-    try:
-        limiter.admit(who).send(None)
-    except RateLimited as error:
-        return error.retry_after_seconds
-    except StopIteration:
-        return None
-    raise AssertionError("the limiter waited")
-
-
-limits = st.tuples(st.integers(1, 20), st.floats(0.5, 600))
-steps = st.lists(st.floats(0, 2), min_size=1, max_size=60)
-
-
-@given(limits, steps)
-def test_no_stretch_of_time_admits_more_than_a_full_share_and_its_refill(
-    limit: tuple[int, float], waits: list[float]
-) -> None:
-    requests, window = limit
-    clock = Clock()
-    limiter = MemoryLimiter(requests, window, clock=clock)
-    admitted: list[float] = []
-    for wait in waits:
-        clock.now += wait * window / requests
-        if refused(limiter) is None:
-            admitted.append(clock.now)
-    for first, start in enumerate(admitted):
-        for count, end in enumerate(admitted[first:], 1):
-            assert count <= requests + math.floor((end - start) * requests / window + 1e-3)
-
-
-@given(limits, steps)
-def test_the_limiter_is_a_bucket_that_fills_evenly(limit: tuple[int, float], waits: list[float]) -> None:
-    requests, window = limit
-    clock = Clock(0.0)
-    limiter = MemoryLimiter(requests, window, clock=clock)
-    bucket = float(requests)
-    for wait in waits:
-        clock.now += wait * window / requests
-        bucket = min(bucket + wait, float(requests))
-        waiting = refused(limiter)
-        if waiting is None:
-            assert bucket >= 1 - 1e-3
-            bucket -= 1
-        else:
-            assert bucket < 1 + 1e-3
-            assert waiting == pytest.approx((1 - bucket) * window / requests, rel=1e-3, abs=1e-3 * window)
-
-
-@given(limits)
-def test_a_whole_share_may_be_used_at_once_and_comes_back_one_by_one(limit: tuple[int, float]) -> None:
-    requests, window = limit
-    clock = Clock()
-    limiter = MemoryLimiter(requests, window, clock=clock)
-    assert [refused(limiter) for _ in range(requests)] == [None] * requests
-    for _ in range(3):
-        waiting = refused(limiter)
-        assert waiting is not None
-        assert waiting == pytest.approx(window / requests, rel=1e-3)
-        clock.now += waiting
-        assert refused(limiter) is None, "after exactly the time that it named"
-        assert refused(limiter) is not None
-
-
-@given(limits, st.floats(0.01, 0.99))
-def test_before_the_named_time_nobody_is_admitted_and_asking_costs_nothing(
-    limit: tuple[int, float], part: float
-) -> None:
-    requests, window = limit
-    clock = Clock()
-    limiter = MemoryLimiter(requests, window, clock=clock)
-    for _ in range(requests):
-        assert refused(limiter) is None
-    waiting = refused(limiter)
-    assert waiting is not None
-    clock.now += waiting * part
-    left = refused(limiter)
-    assert left == pytest.approx(waiting * (1 - part), rel=1e-2, abs=1e-9)
-
-
-def test_principals_have_shares_of_their_own() -> None:
-    limiter = MemoryLimiter(1, 60, clock=Clock())
-    assert refused(limiter, ANNA) is None
-    assert refused(limiter, BERT) is None
-    assert refused(limiter, ANNA) is not None
-
-
-def test_without_a_limit_everybody_is_admitted() -> None:
-    limiter = MemoryLimiter(None, 60, clock=Clock())
-    assert [refused(limiter) for _ in range(1_000)] == [None] * 1_000
-
-
-# -- the ledger ----------------------------------------------------------------------------------
-
-
-async def test_the_ledger_keeps_the_latest_records() -> None:
-    ledger = MemoryLedger(most=3)
-    for number in range(10):
-        await ledger.enter(RequestRecord(str(number), "r", "/v1/x", Operation.CHAT))
-    assert [record.id for record in ledger.records] == ["7", "8", "9"]

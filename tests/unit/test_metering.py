@@ -240,6 +240,14 @@ def test_an_error_event_is_kept_back_and_noted(operation: Operation, event: Any,
     assert not meter.done
 
 
+def test_the_words_of_an_error_event_show_no_key_and_no_address_of_the_inside() -> None:
+    meter = StreamMeter(Operation.CHAT)
+    meter.secret = "own-key"
+    meter.feed(sse({"error": {"message": "own-key and sk-abcdef are refused at http://10.1.2.3:8000/v1"}}))
+    assert meter.error is not None
+    assert meter.error.message.endswith(": (hidden) and (hidden) are refused at (hidden)")
+
+
 def test_a_null_error_is_no_error() -> None:
     meter = meter_of(sse(delta("Hi", error=None), "[DONE]"))
     assert meter.error is None
@@ -452,14 +460,14 @@ def test_the_estimate_of_a_stream_is_that_of_its_text_as_a_whole(pieces: list[st
             id="deepseek",
         ),
         pytest.param({"prompt_tokens": 5, "total_tokens": 5}, Usage(5), id="embeddings"),
-        pytest.param({"prompt_tokens": 0, "completion_tokens": 0}, Usage(), id="zero"),
+        pytest.param({"prompt_tokens": 0, "completion_tokens": 0}, None, id="zero"),
         pytest.param(
             {"prompt_tokens": 3, "completion_tokens": 1, "prompt_tokens_details": {"cached_tokens": 9}},
             Usage(3, 1, cached_input_tokens=3),
             id="more-cached-than-there-was",
         ),
-        pytest.param({"prompt_tokens": "12", "completion_tokens": 6}, Usage(0, 6), id="half-a-string"),
-        pytest.param({"prompt_tokens": -1, "completion_tokens": 6}, Usage(0, 6), id="negative"),
+        pytest.param({"prompt_tokens": "12", "completion_tokens": 6}, None, id="half-a-string"),
+        pytest.param({"prompt_tokens": -1, "completion_tokens": 6}, None, id="negative"),
         pytest.param({"prompt_tokens": True, "completion_tokens": False}, None, id="booleans"),
         pytest.param({"prompt_tokens": "12", "completion_tokens": "6"}, None, id="strings"),
         pytest.param({"prompt_tokens": -12, "completion_tokens": -6}, None, id="negatives"),
@@ -481,9 +489,10 @@ def test_usage_is_read_as_each_server_writes_it(given: Any, usage: Usage | None)
     assert read_usage(given) == usage
 
 
-def test_groqs_usage_beside_the_standard_one_is_not_taken() -> None:
+def test_groqs_usage_beside_the_standard_one_is_not_added_to_it() -> None:
     beside = delta("Hi", x_groq={"id": "req_1", "usage": USAGE})
-    assert meter_of(sse(beside)).usage is None
+    assert meter_of(sse(beside)).usage == Usage(11, 7)
+    assert meter_of(sse(beside, {"choices": [], "usage": USAGE})).usage == Usage(11, 7)
 
 
 # -- whole answers -------------------------------------------------------------------------------

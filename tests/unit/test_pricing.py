@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 import genai_prices
 import pytest
 from hypothesis import given
@@ -139,9 +141,9 @@ def looked_up(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     real = pricing.look_up
 
-    def noting(model: str, provider: str) -> ModelFacts:
+    def noting(model: str, provider: str, at: datetime) -> ModelFacts:
         seen.append(model)
-        return real(model, provider)
+        return real(model, provider, at)
 
     monkeypatch.setattr(pricing, "look_up", noting)
     return seen

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import json
+import time
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 
 import pytest
 
-from service.errors import UpstreamProtocolError, UpstreamRateLimited, UpstreamRejected
-from service.upstreams.rejection import MAX_MESSAGE_LETTERS, check_content_type, rejection
+from service.errors import (
+    WORDS_MOST_LETTERS,
+    UpstreamProtocolError,
+    UpstreamRateLimited,
+    UpstreamRejected,
+    without_secrets,
+)
+from service.upstreams.rejection import check_content_type, rejection
 
 
 def of(
@@ -30,7 +39,7 @@ def of(
         ("-1", None),
         ("soon", None),
         ("nan", None),
-        ("Fri, 31 Dec 1999 23:59:59 GMT", None),
+        ("Fri, 31 Dec 1999 23:59:59 GMT", 0.0),
         ("999999", 3_600.0),
         ("inf", 3_600.0),
     ],
@@ -67,9 +76,42 @@ def test_the_key_is_taken_out_of_every_message() -> None:
     assert of(400, body, secret="sk-1").body()["error"]["message"] == "key (hidden) is bad, (hidden)!"
 
 
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        ("Incorrect API key provided: sk-abcde***xyz9.", "Incorrect API key provided: (hidden)."),
+        ("'Bearer abc.def' is refused", "'(hidden)' is refused"),
+        ("Cannot connect to http://10.0.3.7:8000/v1/chat.", "Cannot connect to (hidden)"),
+        ("dial tcp 192.168.1.20:443: refused", "dial tcp (hidden): refused"),
+        ("no route to 172.20.0.5, nor to 127.0.0.1", "no route to (hidden), nor to (hidden)"),
+        ("vllm-0.vllm.models.svc.cluster.local:8000 is down", "(hidden) is down"),
+        ("see vllm.models.svc and localhost:8000", "see (hidden) and (hidden)"),
+        (
+            "See https://platform.openai.com/account/api-keys.",
+            "See https://platform.openai.com/account/api-keys.",
+        ),
+        ("at most 10.5 of 172.15.0.1", "at most 10.5 of 172.15.0.1"),
+        ("a locally-internalized localhosts task-force", "a locally-internalized localhosts task-force"),
+    ],
+)
+def test_an_upstreams_words_are_shown_without_keys_and_addresses_of_the_inside(
+    words: str, shown: str
+) -> None:
+    assert without_secrets(words) == shown
+    body = json.dumps({"error": {"message": words}}).encode()
+    assert of(400, body).message == shown
+
+
+def test_words_made_to_be_slow_are_read_quickly() -> None:
+    for words in ("a." * 100_000, "a" * 100_000, "sk-" * 100_000, "10." * 100_000, "http://" * 100_000):
+        began = time.process_time()
+        without_secrets(words)
+        assert time.process_time() - began < 1.0
+
+
 def test_a_message_without_end_is_cut() -> None:
     body = json.dumps({"error": {"message": "x" * 50_000}}).encode()
-    assert len(of(400, body).message) == MAX_MESSAGE_LETTERS
+    assert len(of(400, body).message) == WORDS_MOST_LETTERS
 
 
 @pytest.mark.parametrize(
@@ -93,3 +135,23 @@ def test_an_answer_must_have_the_form_that_was_asked_for(content_type: str, stre
     with pytest.raises(UpstreamProtocolError) as caught:
         check_content_type(content_type, stream=stream, status=200)
     assert (content_type or "no content type") in caught.value.message
+
+
+@pytest.mark.parametrize("name", ["message", "type", "param", "code"])
+def test_no_key_and_no_inside_address_is_in_any_part_of_an_upstreams_words(name: str) -> None:
+    said = "it is sk-abcdefghij at http://vllm.prod.svc.cluster.local:8000/v1"
+    body = json.dumps({"error": {"message": "No.", name: said}}).encode()
+    shown = json.dumps(of(400, body).body())
+    assert "sk-abcdefghij" not in shown
+    assert "svc.cluster" not in shown
+
+
+def test_retry_after_may_be_a_date() -> None:
+    soon = format_datetime(datetime.now(tz=UTC) + timedelta(seconds=30), usegmt=True)
+    error = rejection(429, b"", retry_after=soon, request_id=None, secret=None)
+    assert error.retry_after_seconds is not None
+    assert 20 < error.retry_after_seconds <= 30
+    gone = format_datetime(datetime(2020, 1, 1, tzinfo=UTC), usegmt=True)
+    assert rejection(429, b"", retry_after=gone, request_id=None, secret=None).retry_after_seconds == 0
+    odd = rejection(429, b"", retry_after="Sat, 99", request_id=None, secret=None)
+    assert odd.retry_after_seconds is None

@@ -92,9 +92,34 @@ def test_more_text_is_never_fewer_tokens(text: str, more: str) -> None:
             MESSAGE_TOKENS + IMAGE_TOKENS,
         ),
         ({"input": [{"type": "input_image", "image_url": "data:" + "x" * 9_000}]}, IMAGE_TOKENS),
-        ({"tools": [{"type": "function", "function": {"name": "abcd", "strict": True}}]}, 1),
+        (
+            {"tools": [{"type": "function", "function": {"name": "abcd", "strict": True}}]},
+            7,
+        ),  # its names, too
         ({"messages": 7, "prompt": None}, 0),
     ],
 )
 def test_a_request_is_estimated_from_what_the_model_reads(parameters: dict[str, Any], tokens: int) -> None:
     assert estimate_request(parameters) == tokens
+
+
+LONG = "word " * 1_000
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"tools": [{"type": "function", "function": {"parameters": {"properties": {LONG: {}}}}}]},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"description": LONG}}}},
+        {"text": {"format": {"schema": {"properties": {LONG: {}}}}}},
+        {"input": [{"role": "user", "content": [{"type": "input_image", "text": LONG}]}]},
+        {"messages": [{"type": "input_image", "role": "user", "content": LONG}]},
+    ],
+)
+def test_a_text_counts_wherever_it_stands(parameters: dict[str, Any]) -> None:
+    assert estimate_request(parameters) >= estimate_text(LONG)
+
+
+def test_the_bytes_of_a_picture_are_no_text() -> None:
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 100_000}}
+    assert estimate_request({"messages": [{"role": "user", "content": [picture]}]}) < 1_000

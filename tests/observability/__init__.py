@@ -1,0 +1,1 @@
+"""A scripted traffic run against real processes, scraped by a real Prometheus, and what it must show."""

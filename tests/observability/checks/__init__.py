@@ -1,0 +1,1 @@
+"""What the run is looked at for; test_run.py has all of it."""

@@ -1,0 +1,31 @@
+"""The run can be drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image
+
+from dashboards.preview.fields import Source
+from dashboards.preview.page import picture
+from tests.observability.dashboards import dashboards, usual
+from tests.observability.run import Run
+
+
+def test_a_dashboard_can_be_drawn(traffic_run: Run, tmp_path: Path) -> None:
+    """The one with panels of nearly all kinds."""
+    board = next(board for board in dashboards() if board.name == "pods")
+    seconds = traffic_run.ended - traffic_run.began
+    lines = [line for pod in traffic_run.lines for line in (*pod.requests, *pod.others)]
+    source = Source(
+        traffic_run.prometheus,
+        lines,
+        traffic_run.began,
+        traffic_run.ended,
+        1.0,
+        usual(range_seconds=seconds),
+    )
+    picture(board, source, tmp_path / "pods.png")
+    with Image.open(tmp_path / "pods.png") as drawn:
+        assert len(drawn.getcolors(1000) or []) > 50, "there are lines on it"
+    assert any(mark.text == "Version 2.4.0" for mark in source.marked(board.document).marks)

@@ -1,0 +1,53 @@
+"""The rule files of the chart as the tests read them, and promtool over them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from tests.programs import ROOT, need
+
+RULES: Final = sorted((ROOT / "helm/weir/files/rules").glob("*.yaml"))
+CASES: Final = sorted((Path(__file__).parent / "cases").glob("*.yaml"))
+RUNBOOKS: Final = ROOT / "docs/runbooks"
+
+Rule = dict[str, Any]
+
+FIRING: Final = re.compile(r'ALERTS\{alertname="(\w+)"')
+
+
+def groups() -> Iterator[dict[str, Any]]:
+    for path in RULES:
+        yield from yaml.safe_load(path.read_text())["groups"]
+
+
+def rules() -> list[Rule]:
+    return [rule for group in groups() for rule in group["rules"]]
+
+
+ALERTS: Final = {rule["alert"]: rule for rule in rules() if "alert" in rule}
+RECORDS: Final = {rule["record"] for rule in rules() if "record" in rule}
+
+
+def promtool(*arguments: str | Path) -> str:
+    """What it said; an assertion fails with that where it found something."""
+    done = subprocess.run(
+        [need("promtool"), *map(str, arguments)], capture_output=True, text=True, timeout=240, check=False
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    return said
+
+
+def cases() -> Iterator[tuple[Path, dict[str, Any], dict[str, Any]]]:
+    """Each expectation of an alert: its file, its test, the expectation."""
+    for path in CASES:
+        for test in yaml.safe_load(path.read_text())["tests"]:
+            for expectation in test["promql_expr_test"]:
+                if FIRING.search(expectation["expr"]):
+                    yield path, test, expectation
