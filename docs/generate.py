@@ -1,21 +1,28 @@
-"""Writes the tables of the docs from the code; `make docs` runs it, and a test compares.
+"""Writes what the docs and the chart say of the code; `make docs` runs it, and a test compares.
 
-Each table stands between `<!-- NAME -->` and `<!-- end -->`.
+Each table stands between `<!-- NAME -->` and `<!-- end -->`. The chart's values schema has parts from
+the code (`values_schema`), and its README is made by helm-docs, where that is there.
 """
 
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
+from docs import alerts, log_schema, values_schema
 from service.config import Settings
 from service.errors import catalogue
 from service.telemetry import Metrics
+from service.worker.metrics import SinkMetrics
 
 ROOT = Path(__file__).resolve().parent.parent
+CHART = ROOT / "helm/weir"
+LOG_SCHEMA = ROOT / "docs/logs.schema.json"
 
 
 def settings() -> str:
@@ -39,6 +46,16 @@ def errors() -> str:
 def metrics() -> str:
     registry = CollectorRegistry()
     Metrics(registry, "0")
+    return _families(registry)
+
+
+def worker_metrics() -> str:
+    registry = CollectorRegistry()
+    SinkMetrics(registry)
+    return _families(registry)
+
+
+def _families(registry: CollectorRegistry) -> str:
     rows = ["| metric | type | what it counts |", "|---|---|---|"]
     for family in sorted(registry.collect(), key=lambda f: f.name):
         if family.name.startswith("process_"):
@@ -57,7 +74,16 @@ def example() -> str:
     return "\n".join(lines) + "\n"
 
 
-TABLES = {"settings": settings, "errors": errors, "metrics": metrics}
+TABLES = {
+    "settings": settings,
+    "errors": errors,
+    "metrics": metrics,
+    "worker_metrics": worker_metrics,
+    "log_request_fields": log_schema.request_fields,
+    "log_event_fields": log_schema.event_fields,
+    "log_events": log_schema.events,
+    "alerts": alerts.table,
+}
 
 
 def with_tables(text: str) -> str:
@@ -75,13 +101,41 @@ def stale() -> list[Path]:
     pages = [p for p in (ROOT / "docs").glob("*.md") if with_tables(p.read_text()) != p.read_text()]
     if (ROOT / ".env.example").read_text() != example():
         pages.append(ROOT / ".env.example")
+    if LOG_SCHEMA.read_text() != log_schema.text():
+        pages.append(LOG_SCHEMA)
+    if values_schema.stale(CHART / "values.schema.json"):
+        pages.append(CHART / "values.schema.json")
+    if chart_readme() not in (None, (CHART / "README.md").read_text()):
+        pages.append(CHART / "README.md")
     return pages
+
+
+def chart_readme() -> str | None:
+    """The chart's README, from its template and the comments of its values. None without helm-docs."""
+    built = ROOT / ".venv/tools/helm-docs"
+    program = str(built) if built.exists() else shutil.which("helm-docs")
+    if program is None:
+        return None
+    return subprocess.run(  # noqa: S603  # a program of ours
+        [program, "--dry-run", "--chart-search-root", str(CHART), "--sort-values-order", "file"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
 
 
 def main() -> int:
     for page in (ROOT / "docs").glob("*.md"):
         page.write_text(with_tables(page.read_text()))
     (ROOT / ".env.example").write_text(example())
+    LOG_SCHEMA.write_text(log_schema.text())
+    schema = CHART / "values.schema.json"
+    schema.write_text(values_schema.with_parts(schema.read_text()))
+    readme = chart_readme()
+    if readme is None:
+        print("helm-docs is not there: the README of the chart stays as it is", file=sys.stderr)
+    else:
+        (CHART / "README.md").write_text(readme)
     return 0
 
 
