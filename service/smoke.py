@@ -20,7 +20,11 @@ SECONDS: Final = 60.0
 """For each answer: a model may be slow, and a test must end."""
 MOST_TRIES: Final = 1_000
 """Requests that the limit check may send: a higher limit is left alone."""
-LEAVING_SECONDS: Final = 20.0
+PAGE_SECONDS: Final = 5.0
+"""For what needs no model. A pod that has ended answers no packet at all, so its silence must cost less than the
+time in which its address goes."""
+LEAVING_SECONDS: Final = 45.0
+"""How long the address of an ended pod may still be told: caches of DNS keep it for up to 30 s."""
 TURNS: Final = 4
 TRIES_PER_LIMIT: Final = 2
 """Without a shared state two pods count by themselves, and time gives some back."""
@@ -162,7 +166,7 @@ def _metrics(target: Target) -> str:
 
 def _metrics_of(urls: Sequence[str]) -> str:
     for url in urls:
-        page = urllib.request.urlopen(f"{url}/metrics", timeout=SECONDS).read().decode()  # noqa: S310
+        page = urllib.request.urlopen(f"{url}/metrics", timeout=PAGE_SECONDS).read().decode()  # noqa: S310
         if "weir_build_info{" not in page:
             raise Failed(f"{url} shows no weir_build_info")
     return f"{len(urls)} of {len(urls)} addresses show metrics"
@@ -191,7 +195,7 @@ def _behind(url: str) -> list[str]:
 def _listens(url: str) -> bool:
     parts = urlsplit(url)
     try:
-        socket.create_connection((parts.hostname or "", parts.port or 80), timeout=SECONDS).close()
+        socket.create_connection((parts.hostname or "", parts.port or 80), timeout=PAGE_SECONDS).close()
     except OSError:
         return False
     return True

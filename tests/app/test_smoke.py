@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -123,6 +126,32 @@ def test_nobody_there_is_told_with_the_address(
     told = capsys.readouterr().out.splitlines()
     assert len(told) == 2
     assert all("FAILED" in line and "http://127.0.0.1:9" in line for line in told)
+
+
+def test_a_pod_that_has_just_ended_is_waited_out(
+    guarded: WeirProcess, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its address is told for a while, and whoever calls it hears nothing. DNS is what cannot be here."""
+    port = urlsplit(guarded.admin_url).port
+    asked: list[str] = []
+    real = socket.getaddrinfo
+
+    def resolve(host: str, *rest: Any, **options: Any) -> Any:
+        if host != "weir-metrics.test":
+            return real(host, *rest, **options)
+        asked.append(host)
+        hosts = ["127.0.0.1", "127.0.0.2"] if len(asked) == 1 else ["127.0.0.1"]
+        return [found for one in hosts for found in real(one, *rest, **options)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    with socket.create_server(("127.0.0.2", port or 0)):
+        code = main(
+            ["smoke", "metrics", "--url", guarded.url, "--admin-url", f"http://weir-metrics.test:{port}"]
+        )
+    told = capsys.readouterr().out
+    assert code == 0, told
+    assert "1 of 1 addresses show metrics" in told
+    assert len(asked) == 2
 
 
 def test_a_check_that_is_none_is_named(capsys: pytest.CaptureFixture[str]) -> None:
