@@ -76,8 +76,9 @@ lock: $(DEV) ## pin all dependencies with their hashes
 	$(LOCK) --python-version 3.11 --group reload -o requirements/reload.txt
 	$(LOCK) --python-version 3.11 --group checkov -o requirements/checkov.txt
 
-docs: $(DEV) $(TOOLS)/.helm-docs-$(HELM_DOCS) ## write the docs' tables, the chart's schema and its README from the code
+docs: $(DEV) $(TOOLS)/.helm-docs-$(HELM_DOCS) ## write what the code says: the docs' tables, the chart's schema and README, the dashboards
 	$(BIN)/python -m docs.generate
+	$(BIN)/python -m dashboards
 
 dashboards-preview: $(DEV) ## draw the dashboards from a run of traffic: about four minutes; ARGS=--again from the last one
 	$(BIN)/python -m dashboards.preview $(ARGS)

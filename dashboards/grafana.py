@@ -223,7 +223,8 @@ def _timeseries(panel: Panel) -> _Builder:
         )
         .show_legend(True)
         .calcs(["lastNotNull", "max"])
-        .sort_by("Last *")
+        # The largest that is in sight first, not that of now: a peak has to have its name beside it.
+        .sort_by("Max")
         .sort_desc(True)
     )
     lined = (
@@ -237,8 +238,9 @@ def _timeseries(panel: Panel) -> _Builder:
         .tooltip(
             common.VizTooltipOptions().mode(kinds.TooltipDisplayMode.MULTI).sort(kinds.SortOrder.DESCENDING)
         )
-        .line_width(1)
-        .fill_opacity(30 if panel.stacked else 8)
+        # A stack without lines: that of a part which is 0 would lie on its neighbour's edge.
+        .line_width(0 if panel.stacked else 1)
+        .fill_opacity(70 if panel.stacked else 8)
         .show_points(kinds.VisibilityMode.NEVER)
         .color_scheme(_color(models.FieldColorModeId.PALETTE_CLASSIC_BY_NAME))
         .thresholds_style(common.GraphThresholdsStyleConfig().mode(lined))

@@ -49,6 +49,7 @@ from dashboards.queries import (
 )
 
 FIRING: Final = elsewhere("ALERTS", 'alertname=~"Weir.*"', 'alertstate="firing"')
+CALLERS: Final = 'outcome=~"client_error|rate_limited|budget_rejected|client_disconnected"'
 OUTCOMES: Final = (
     ("success", "green"),
     ("client_error", "light-blue"),
@@ -180,7 +181,11 @@ _FIRST = [
 _COURSE = [
     timeseries(
         "Outcomes",
-        [(rate("weir_requests_total", by=("outcome",)), "{{outcome}}")],
+        # The failures at the bottom, where the axis measures them; what went well on top.
+        [
+            (rate("weir_requests_total", which, by=("outcome",)), "{{outcome}}")
+            for which in (BAD, CALLERS, 'outcome="success"')
+        ],
         Words(
             "Requests a second by how they truly ended. A stream that broke after its status line is "
             "stream_truncated here, though HTTP calls it a 200.",
@@ -311,7 +316,7 @@ _WHO = [
             "No requests with a key in this time.",
         ),
         sort="Cost",
-        width=6,
+        width=5,
     ),
     bargauge(
         "Budgets used",
@@ -330,6 +335,7 @@ _WHO = [
             "No budgets used within the hour",
         ),
         unit=SHARE,
+        width=7,
         maximum=1,
         thresholds=above(1, warn=0.8, reason="orange from 80 %, where budgets warn by default; red: spent."),
     ),

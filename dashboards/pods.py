@@ -592,7 +592,7 @@ _HTTP = [
             "No worker is scraped: worker.enabled in the chart starts one.",
         ),
         unit=PER_SECOND,
-        width=10,
+        width=20,
         height=7,
     ),
     log_lines(
@@ -608,7 +608,6 @@ _HTTP = [
             "redis_unavailable: Redis; circuit_changed: Upstreams; internal_error: tell us, with its stack.",
             "Nothing in this time, or Loki has no logs of Weir: docs/dashboards.md.",
         ),
-        width=10,
         height=7,
     ),
 ]

@@ -156,11 +156,19 @@ def logs(*stages: str) -> str:
 
 
 def line(*first: str, **named: str) -> str:
-    """A stage that makes one readable line of fields; request_id and trace_id end it, and become links."""
-    fields = [f"{{{{.{field}}}}}" for field in first]
-    fields += [f"{name}={{{{.{field}}}}}" for name, field in named.items()]
-    fields += [f"{name}={{{{.{name}}}}}" for name in ("request_id", "trace_id")]
-    return f'line_format "{" ".join(fields)}"'
+    """A stage that makes one readable line of the fields that a log line has; the first one all have.
+
+    request_id and trace_id end it, and become links.
+    """
+    begin, *others = first
+    text = f"{{{{.{begin}}}}}" + "".join(_known(field) for field in others)
+    text += "".join(_known(field, f"{name}=") for name, field in named.items())
+    text += "".join(_known(name, f"{name}=") for name in ("request_id", "trace_id"))
+    return f'line_format "{text}"'
+
+
+def _known(field: str, name: str = "") -> str:
+    return f"{{{{if .{field}}}}} {name}{{{{.{field}}}}}{{{{end}}}}"
 
 
 _VARIABLE: Final = re.compile(r"\$\{(\w+)(?::\w+)?\}|\$(\w+)")

@@ -401,7 +401,6 @@ _NAMES = [
             "No upstream was asked in this time.",
         ),
         sort="Attempts",
-        width=16,
     ),
     bargauge(
         "First piece of a stream, p95",
@@ -415,7 +414,6 @@ _NAMES = [
             "No streams",
         ),
         unit=SECONDS,
-        width=8,
         thresholds=above(
             5, warn=2.5, reason="orange from 2.5 s, the objective for callers; red from twice that."
         ),
@@ -430,7 +428,7 @@ _NAMES = [
             "No second call was made: hedging is off, or was not needed.",
         ),
         unit=REQUESTS_PER_SECOND,
-        width=8,
+        width=6,
         colors=(("won", "green"), ("lost", "orange")),
     ),
     log_lines(
@@ -453,7 +451,6 @@ _NAMES = [
             "attempts says how often it was tried; docs/errors.md explains the codes.",
             "No request failed by an upstream in this time, or Loki has no logs of Weir: docs/dashboards.md.",
         ),
-        width=16,
     ),
 ]
 

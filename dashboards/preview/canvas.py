@@ -133,8 +133,30 @@ def width(text: str, size: float, *, bold: bool = False) -> float:
 
 
 def cut(text: str, size: float, room: float, *, bold: bool = False) -> str:
+    """As much of a text as there is room for, with dots in place of the rest."""
     if width(text, size, bold=bold) <= room:
         return text
-    while text and width(text + "…", size, bold=bold) > room:
-        text = text[:-1]
-    return text.rstrip() + "…" if text else ""
+    fits, most = 0, len(text) - 1
+    while fits < most:
+        middle = (fits + most + 1) // 2
+        if width(_dotted(text, middle), size, bold=bold) <= room:
+            fits = middle
+        else:
+            most = middle - 1
+    return _dotted(text, fits) if fits else ""
+
+
+def _dotted(text: str, letters: int) -> str:
+    return text[:letters].rstrip() + "…"
+
+
+def wrapped(text: str, size: float, room: float) -> list[str]:
+    """A text in lines that fit, broken between words."""
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and width(longer, size) <= room:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import math
 import re
+from bisect import bisect_left
 from typing import Any, Final
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 
 from dashboards.preview.canvas import PANEL, TEXT, Box, Canvas, cut, plain, width
 from dashboards.preview.fields import Field, Source
-from dashboards.preview.series import draw_times
+from dashboards.preview.series import draw_marks, draw_times
 from dashboards.preview.units import shown
 
 MOST_LINE: Final = 56.0
 """Pixels of a line of states."""
 CELL: Final = 9.0
 """Pixels of a cell, about."""
+POINTS: Final = "#FF40FF"
+"""Of exemplars on a heatmap, as the dashboards colour them."""
 HEAT: Final = LinearSegmentedColormap.from_list(
     "heat", ["#2B2420", "#5E3417", "#A04D0F", "#E0752D", "#FF9830", "#FFCB7D", "#FFF3E0"]
 )
@@ -65,6 +69,18 @@ def draw_heatmap(
     axes.set_yticks([i + 0.5 for i in range(0, len(edges), every)])
     axes.set_yticklabels([plain(labels[i]) for i in range(0, len(edges), every)])
     draw_times(axes, source)
+    _exemplars(axes, panel, edges, source)
+    draw_marks(axes, source)
+
+
+def _exemplars(axes: Axes, panel: dict[str, Any], edges: list[float], source: Source) -> None:
+    """Each in its cell: as far up as its value is between the edges of its bucket."""
+    for at, value in source.exemplars(panel):
+        row = bisect_left(edges, value)
+        if row < len(edges):
+            low = edges[row - 1] if row else 0.0
+            part = (value - low) / (edges[row] - low) if math.isfinite(edges[row]) else 0.5
+            axes.plot([at], [row + part], "D", color=POINTS, markersize=2.5, markeredgewidth=0)
 
 
 def _is_edge(field: Field) -> bool:
@@ -88,6 +104,7 @@ def draw_states(canvas: Canvas, panel: dict[str, Any], box: Box, fields: list[Fi
     axes.set_yticks(range(len(fields)))
     axes.set_yticklabels([plain(cut(f.name, 11, room - 12)) for f in reversed(fields)])
     draw_times(axes, source)
+    draw_marks(axes, source)
 
 
 def _runs(field: Field, step: float) -> list[tuple[float, float, float]]:

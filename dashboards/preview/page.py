@@ -8,8 +8,8 @@ from typing import Any, Final
 
 from PIL import Image
 
-from dashboards.preview.canvas import TEXT, WEAK, WIDTH, Box, Canvas
-from dashboards.preview.fields import Source
+from dashboards.preview.canvas import TEXT, WEAK, WIDTH, Box, Canvas, width
+from dashboards.preview.fields import NAMED, Source, color
 from dashboards.preview.panels import draw
 from tests.observability.dashboards import Dashboard
 
@@ -18,7 +18,7 @@ MARGIN: Final = 12
 UNIT: Final = 37
 """Pixels of one row of the grid, the gap below it included."""
 GAP: Final = 8
-COLORS: Final = 200
+COLORS: Final = 256
 
 
 def picture(dashboard: Dashboard, source: Source, path: Path) -> None:
@@ -44,8 +44,16 @@ def picture(dashboard: Dashboard, source: Source, path: Path) -> None:
             draw(canvas, panel, box, source)
     whole = io.BytesIO()
     canvas.save(whole)
-    few = Image.open(whole).convert("RGB").quantize(COLORS, dither=Image.Dither.NONE)
-    few.save(path, optimize=True)
+    of_few_colors(Image.open(whole).convert("RGB")).save(path, optimize=True)
+
+
+def of_few_colors(image: Image.Image) -> Image.Image:
+    """The most frequent ones, and those that have a name: a mark has few pixels, and must keep its own."""
+    named = [int(name[i : i + 2], 16) for name in sorted(set(NAMED.values())) for i in (1, 3, 5)]
+    frequent = image.quantize(COLORS - len(named) // 3).getpalette() or []
+    palette = Image.new("P", (1, 1))
+    palette.putpalette([*named, *frequent])
+    return image.quantize(palette=palette, dither=Image.Dither.NONE)
 
 
 def _head(canvas: Canvas, dashboard: Dashboard) -> None:
@@ -58,9 +66,29 @@ def _head(canvas: Canvas, dashboard: Dashboard) -> None:
             continue
         name = variable.get("label") or variable["name"]
         canvas.text(x, 44, name, size=11, color=WEAK)
-        x += 7.2 * len(name) + 6
+        x += width(name, 11) + 8
         canvas.text(x, 44, "All", size=11, color=TEXT)
         x += 42
+    _leading(canvas, [link["title"] for link in document.get("links") or []])
+    _marked(canvas, (document.get("annotations") or {}).get("list") or [])
+
+
+def _leading(canvas: Canvas, names: list[str]) -> None:
+    """The links to the other dashboards, in the corner."""
+    x = WIDTH - MARGIN - 4.0
+    for name in reversed(names):
+        canvas.text(x, 20, name, size=12, color="#6E9FFF", align="right")
+        x -= width(name, 12) + 22
+
+
+def _marked(canvas: Canvas, notes: list[dict[str, Any]]) -> None:
+    """What the vertical lines on panels are."""
+    x = WIDTH - MARGIN - 4.0
+    for note in reversed(notes):
+        canvas.text(x, 44, note["name"], size=11, color=TEXT, align="right")
+        x -= width(note["name"], 11) + 7
+        canvas.text(x, 44, "▲", size=11, color=color(note.get("iconColor") or "blue"), align="right")
+        x -= 30
 
 
 def _placed(document: dict[str, Any]) -> list[dict[str, Any]]:

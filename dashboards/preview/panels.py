@@ -22,12 +22,15 @@ def draw(canvas: Canvas, panel: dict[str, Any], box: Box, source: Source) -> Non
     canvas.text(box.x + 10, box.y + 17, panel.get("title") or "", size=13, bold=True, room=box.width - 20)
     inner = Box(box.x + 8, box.y + TITLE, box.width - 16, box.height - TITLE - 8)
     if panel["type"] == "logs":
-        draw_lines(canvas, inner, source.lines_of(panel))
-        return
-    fields = source.fields(panel)
-    if any(field.points for field in fields):
-        _KINDS[panel["type"]](canvas, panel, inner, fields, source)
-        return
+        lines = source.lines_of(panel)
+        if lines:
+            draw_lines(canvas, inner, lines)
+            return
+    else:
+        fields = source.fields(panel)
+        if any(field.points for field in fields):
+            _KINDS[panel["type"]](canvas, panel, inner, fields, source)
+            return
     note = (panel.get("fieldConfig", {}).get("defaults") or {}).get("noValue") or "No data"
     middle = inner.x + inner.width / 2, inner.y + inner.height / 2
     canvas.text(*middle, note, size=12, color=WEAK, align="center", room=inner.width)

@@ -9,13 +9,15 @@ from typing import Any, Final
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
 from dashboards.preview.canvas import POINT, WEAK, Box, Canvas, plain, width
 from dashboards.preview.fields import CALC_NAMES, Field, Source, color
-from dashboards.preview.units import shown
+from dashboards.preview.units import shown, size_of
 
 LEGEND_LINE: Final = 18
+TIME_ROOM: Final = 72
+"""Pixels that a time on an axis takes, with its distance from the next one."""
 
 
 def draw_series(canvas: Canvas, panel: dict[str, Any], box: Box, fields: list[Field], source: Source) -> None:
@@ -38,7 +40,7 @@ def draw_series(canvas: Canvas, panel: dict[str, Any], box: Box, fields: list[Fi
     draw_times(axes, source)
     _threshold_lines(axes, fields)
     _exemplars(axes, panel, source)
-    _marks(axes, source)
+    draw_marks(axes, source)
     if named is not None:
         _legend(canvas, named, legend, fields)
 
@@ -61,7 +63,7 @@ def _exemplars(axes: Axes, panel: dict[str, Any], source: Source) -> None:
         )
 
 
-def _marks(axes: Axes, source: Source) -> None:
+def draw_marks(axes: Axes, source: Source) -> None:
     """The dashboard's annotations: a deploy, a new configuration."""
     for mark in source.marks:
         axes.axvline(mark.at, color=mark.color, linewidth=1, linestyle=(0, (4, 3)), alpha=0.8)
@@ -123,7 +125,7 @@ def _line(axes: Axes, field: Field, stacks: dict[str, np.ndarray[Any, Any]], sou
         moments,
         values,
         color=drawn_color,
-        linewidth=max(line, 1) * 1.1,
+        linewidth=line * 1.1,
         linestyle="--" if dashed else "-",
         drawstyle="steps-post" if step else "default",
         solid_joinstyle="round",
@@ -156,8 +158,13 @@ def _scale(axes: Axes, fields: Sequence[Field], stacks: dict[str, np.ndarray[Any
         axes.set_yscale("log")
         axes.set_ylim(max(low * 0.8, 1e-9), max(high * 1.2, 1e-8))
     else:
-        axes.set_ylim(least, top if top > (least or 0.0) else (least or 0.0) + 1)
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
+        low, high = least or 0.0, top if top > (least or 0.0) else (least or 0.0) + 1
+        axes.set_ylim(low, high)
+        size = size_of(high, first.config.get("unit") or "")
+        # Quarters want one digit more than a number of fixed digits may have.
+        steps = [1, 2, 5, 10] if first.config.get("decimals") else [1, 2, 2.5, 5, 10]
+        ticks = MaxNLocator(nbins=5, steps=steps).tick_values(low / size, high / size)
+        axes.yaxis.set_major_locator(FixedLocator([t * size for t in ticks if low <= t * size <= high]))
     unit, decimals = first.config.get("unit") or "", first.config.get("decimals")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: plain(shown(round(v, 10), unit, decimals))))
 
@@ -172,13 +179,19 @@ def _tick_room(fields: Sequence[Field]) -> float:
 
 def draw_times(axes: Axes, source: Source) -> None:
     axes.set_xlim(source.began, source.ended)
-    span = source.ended - source.began
-    step = next(s for s in (10, 15, 30, 60, 120, 300, 900, 3600, 86400) if span / s <= 7 or s == 86400)
+    span, pixels = source.ended - source.began, axes.get_window_extent().width
+    most = min(7.0, pixels / TIME_ROOM)
+    step = next(s for s in (10, 15, 30, 60, 120, 300, 900, 3600, 86400) if span / s <= most or s == 86400)
     first = math.ceil(source.began / step) * step
     ticks = [first + i * step for i in range(int((source.ended - first) // step) + 1)]
-    axes.set_xticks(ticks)
     form = "%H:%M:%S" if step % 60 else "%H:%M"
-    axes.set_xticklabels([datetime.fromtimestamp(t, tz=UTC).strftime(form) for t in ticks])
+    labels = [datetime.fromtimestamp(t, tz=UTC).strftime(form) for t in ticks]
+    # The last one would stand over the edge where it has not half of its width.
+    half = width(labels[-1], 11) / 2 * span / pixels
+    axes.set_xticks(ticks)
+    axes.set_xticklabels(
+        [text if at + half < source.ended else "" for at, text in zip(ticks, labels, strict=True)]
+    )
 
 
 def _threshold_lines(axes: Axes, fields: Sequence[Field]) -> None:
@@ -224,7 +237,7 @@ def _lines_needed(fields: Sequence[Field], room: float) -> int:
 
 def _legend(canvas: Canvas, box: Box, legend: dict[str, Any], fields: Sequence[Field]) -> None:
     if legend.get("displayMode") == "table":
-        _legend_table(canvas, box, legend.get("calcs") or [], fields)
+        _legend_table(canvas, box, legend, fields)
         return
     x, y = box.x + 4, box.y + LEGEND_LINE / 2
     for field in fields:
@@ -238,21 +251,36 @@ def _legend(canvas: Canvas, box: Box, legend: dict[str, Any], fields: Sequence[F
         x += needed
 
 
-def _legend_table(canvas: Canvas, box: Box, calcs: list[str], fields: Sequence[Field]) -> None:
-    column = 74
-    names_room = box.width - column * len(calcs) - 28
+def _ordered(fields: Sequence[Field], legend: dict[str, Any]) -> list[Field]:
+    """As the dashboard sorts its legend: by the name of a column."""
+    by = next((calc for calc in legend["calcs"] if CALC_NAMES.get(calc) == legend.get("sortBy")), None)
+    if by is None:
+        return list(fields)
+    return sorted(
+        fields, key=lambda f: f.calculated(by) if f.finite else 0.0, reverse=bool(legend["sortDesc"])
+    )
+
+
+def _legend_table(canvas: Canvas, box: Box, legend: dict[str, Any], fields: Sequence[Field]) -> None:
+    calcs = legend["calcs"]
+    told = [[field.text(field.calculated(calc)) for calc in calcs] for field in fields]
+    wide = [
+        max([width(CALC_NAMES.get(calc, calc), 10.5), *(width(texts[i], 11) for texts in told)]) + 22
+        for i, calc in enumerate(calcs)
+    ]
+    rights = [box.x + box.width - 4 - sum(wide[i + 1 :]) for i in range(len(calcs))]
+    names_room = box.width - sum(wide) - 28
     y = box.y + LEGEND_LINE / 2
-    for number, calc in enumerate(calcs):
-        right = box.x + box.width - column * (len(calcs) - 1 - number) - 4
+    for right, calc in zip(rights, calcs, strict=True):
         canvas.text(right, y, CALC_NAMES.get(calc, calc), size=10.5, color="#6E9FFF", align="right")
     lines = int(box.height // LEGEND_LINE) - 1
-    ordered = (
-        sorted(fields, key=lambda f: -(f.last if math.isfinite(f.last) else 0.0)) if calcs else list(fields)
-    )
+    ordered = _ordered(fields, legend)
+    if len(ordered) > lines:  # a reader of the picture cannot scroll
+        more = f"{len(ordered) - lines} more below"
+        canvas.text(box.x + 22, box.y + LEGEND_LINE / 2, more, size=10.5, color=WEAK)
     for field in ordered[:lines]:
         y += LEGEND_LINE
         canvas.fill(Box(box.x + 2, y - 1.5, 14, 3), field.color)
         canvas.text(box.x + 22, y, field.name, size=11, room=names_room)
-        for number, calc in enumerate(calcs):
-            right = box.x + box.width - column * (len(calcs) - 1 - number) - 4
+        for right, calc in zip(rights, calcs, strict=True):
             canvas.text(right, y, field.text(field.calculated(calc)), size=11, color=WEAK, align="right")

@@ -5,17 +5,26 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
-from dashboards.preview.canvas import GRID, TEXT, WEAK, Box, Canvas, width
+from dashboards.preview.canvas import GRID, TEXT, WEAK, Box, Canvas, width, wrapped
 from dashboards.preview.fields import Field, LogLine, Source
 
 LINE: Final = 24
+LOG_LINE: Final = 19
 LEVELS: Final = {"error": "#F2495C", "warning": "#FADE2A", "info": "#73BF69"}
 
 
+class Table(NamedTuple):
+    """Names of columns, rows of (text, colour), and which columns are numbers: those stand on the right."""
+
+    names: list[str]
+    rows: list[list[tuple[str, str]]]
+    numeric: list[bool]
+
+
 def draw_table(canvas: Canvas, panel: dict[str, Any], box: Box, fields: list[Field], source: Source) -> None:
-    names, rows = table_rows(panel, fields)
+    names, rows, numeric = table_of(panel, fields)
     if not names:
         return
     line = LINE
@@ -28,7 +37,6 @@ def draw_table(canvas: Canvas, panel: dict[str, Any], box: Box, fields: list[Fie
     scale = box.width / sum(wanted)
     widths = [w * scale for w in wanted]
     x = box.x
-    numeric = [all(_looks_numeric(row[i]) for row in cells) and bool(cells) for i in range(len(names))]
     for name, wide, number in zip(names, widths, numeric, strict=True):
         at = x + wide - 10 if number else x + 6
         canvas.text(
@@ -60,10 +68,8 @@ def draw_table(canvas: Canvas, panel: dict[str, Any], box: Box, fields: list[Fie
             x += wide
 
 
-def table_rows(
-    panel: dict[str, Any], fields: Sequence[Field]
-) -> tuple[list[str], list[list[tuple[str, str]]]]:
-    """Names of the columns, and rows of (text, colour): labels first, then a value for each query."""
+def table_of(panel: dict[str, Any], fields: Sequence[Field]) -> Table:
+    """Labels first, then a value for each query."""
     hidden, renamed, order, sort = _transformed(panel)
     refs = list(dict.fromkeys(f.ref for f in fields))
     label_names = list(dict.fromkeys(k for f in fields for k in sorted(f.labels)))
@@ -98,7 +104,11 @@ def table_rows(
         by, descending = sort
         name = next((n for n in columns if n == by or renamed.get(n, n) == by), "")
         rows.sort(key=lambda row: row[0].get(name, -math.inf), reverse=descending)
-    return [renamed.get(name, name) for name in columns], [cells for _, cells in rows]
+    return Table(
+        [renamed.get(name, name) for name in columns],
+        [cells for _, cells in rows],
+        [name in value_names.values() for name in columns],
+    )
 
 
 def _column_config(panel: dict[str, Any], name: str, field: Field) -> Field:
@@ -143,17 +153,16 @@ def _transformed(
     return hidden, renamed, order, sort
 
 
-def _looks_numeric(text: str) -> bool:
-    return bool(re.match(r"^[-$€£]?\s?[\d∞]|^-$|^$", text))
-
-
 def draw_lines(canvas: Canvas, box: Box, lines: Sequence[LogLine]) -> None:
-    """The newest first, as many as there is room for."""
+    """The newest first, as many as there is room for, and each whole."""
     y = box.y + 10
     for line in lines:
-        if y > box.y + box.height - 8:
+        parts = wrapped(line.text, 11, box.width - 194)
+        tall = LOG_LINE * len(parts)
+        if y + tall - LOG_LINE > box.y + box.height - 8:
             break
-        canvas.fill(Box(box.x, y - 7, 3, 14), LEVELS.get(line.level, WEAK))
+        canvas.fill(Box(box.x, y - 7, 3, tall - 5), LEVELS.get(line.level, WEAK))
         canvas.text(box.x + 12, y, line.time, size=11, color=WEAK)
-        canvas.text(box.x + 190, y, line.text, size=11, room=box.width - 194)
-        y += 19
+        for number, part in enumerate(parts):
+            canvas.text(box.x + 190, y + number * LOG_LINE, part, size=11, room=box.width - 194)
+        y += tall

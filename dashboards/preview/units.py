@@ -20,6 +20,12 @@ _RATES: Final = {
 _SECONDS: Final = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
 _DECIMAL_BYTES: Final = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 _BINARY_BYTES: Final = ((2.0**40, "TiB"), (2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"))
+_SIZES: Final = {
+    "s": _SECONDS,
+    "dtdurations": _SECONDS,
+    "bytes": _BINARY_BYTES,
+    "decbytes": _DECIMAL_BYTES,
+}
 _CURRENCIES: Final = {"currencyUSD": "$", "currencyEUR": "€", "currencyGBP": "£"}
 
 
@@ -38,6 +44,11 @@ def shown(value: float | None, unit: str = "", decimals: int | None = None) -> s
     if unit in _RATES:
         return f"{_short(value, decimals)} {_RATES[unit]}"
     return _FORMS.get(unit, _short)(value, decimals)
+
+
+def size_of(value: float, unit: str) -> float:
+    """What `value` is counted in when it is written: seconds in minutes, bytes in MiB. Else 1."""
+    return next((size for size, _ in _SIZES.get(unit, ()) if abs(value) >= size), 1.0)
 
 
 def _number(value: float, decimals: int | None) -> str:

@@ -111,7 +111,7 @@ def draw_bars(canvas: Canvas, panel: dict[str, Any], box: Box, fields: list[Fiel
     tall = min(box.height / max(len(rows), 1), 46)
     rows = rows[: int(box.height // max(tall, 20))]
     high = max((f.config.get("max") or 0.0) or v for f, v in rows if math.isfinite(v)) or 1.0
-    label = min(max(width(f.name, 12) for f, _ in rows) + 14, box.width * 0.4)
+    label = min(max(width(f.name, 12) for f, _ in rows) + 14, box.width * 0.5)
     number = max(width(f.text(v), 13, bold=True) for f, v in rows) + 14
     for index, (field, value) in enumerate(rows):
         y = box.y + index * tall

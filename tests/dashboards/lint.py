@@ -17,6 +17,7 @@ from service.telemetry import Metrics
 from service.worker.metrics import SinkMetrics
 from tests.dashboards import promql as tree
 from tests.programs import ROOT
+from tests.promql import faults
 
 PLACES: Final = frozenset({"cluster", "namespace", "job", "pod", "instance"})
 """Labels that scraping adds."""
@@ -92,7 +93,8 @@ def of_words(panel: Panel) -> Iterator[str]:
 def of_look(panel: Panel) -> Iterator[str]:
     if panel.unit not in UNITS:
         yield f"unit {panel.unit!r}"
-    yield from of_thresholds(panel.thresholds)
+    for thresholds in (panel.thresholds, *(t.thresholds for t in panel.targets if t.thresholds)):
+        yield from of_thresholds(thresholds)
     if panel.thresholds.limits and not panel.thresholds.reason:
         yield "thresholds without a reason"
     if panel.kind == "heatmap" and not all(target.exemplars for target in panel.targets):
@@ -120,12 +122,14 @@ def of_target(panel: Panel, target: Target) -> Iterator[str]:
     except ValueError as error:
         yield f"PromQL: {error}"
         return
+    yield from faults(fill(target.expr))
     yield from of_metrics(node)
     yield from of_functions(node)
     yield from of_arithmetic(node)
     if not tree.names(node) & {"ALERTS"}:
         yield from of_unit(panel, target, node)
-    slow = [n for n in tree.names(node) if n.startswith("gen_ai_") and n.endswith("_seconds_bucket")]
+    # Those of HTTP are another library's, and have none.
+    slow = [n for n in tree.names(node) if n.endswith("_seconds_bucket") and not n.startswith("http_")]
     if panel.kind == "timeseries" and slow and not target.exemplars:
         yield "a quantile of times without exemplars"
 

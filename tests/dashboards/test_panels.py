@@ -65,6 +65,26 @@ def test_the_panel_that_the_bad_ones_are_made_of_is_good() -> None:
             "thresholds out of order",
         ),
         (
+            replace(
+                GOOD,
+                targets=(
+                    replace(
+                        GOOD.targets[0],
+                        thresholds=Thresholds("green", (Limit(2, "red"), Limit(1, "orange"))),
+                    ),
+                ),
+            ),
+            "thresholds out of order",
+        ),
+        (
+            one(
+                "histogram_quantile(0.9, sum by (le) "
+                f"(rate(weir_overhead_seconds_bucket{{{PLACE}}}[$__rate_interval])))",
+                SECONDS,
+            ),
+            "without exemplars",
+        ),
+        (
             replace(GOOD, kind="stat", title="Very many words for a small number", width=3),
             "its title is too long",
         ),
@@ -82,6 +102,12 @@ def test_the_panel_that_the_bad_ones_are_made_of_is_good() -> None:
             "which is no counter",
         ),
         (one(f"deriv(weir_requests_total{{{PLACE}}}[1h])", REQUESTS_PER_SECOND), "deriv() of a counter"),
+        (one(f"sum(weir_requests_total{{{PLACE}}})"), "is a counter: it wants rate() or increase()"),
+        (one(f"max_over_time(weir_requests_total{{{PLACE}}}[1h])"), "is a counter: it wants rate()"),
+        (
+            replace(one(f"sum by (pod) (rate({TTFT}))", SECONDS, exemplars=True), kind="heatmap"),
+            "keep le",
+        ),
         (one(f"histogram_quantile(0.9, sum(rate({TTFT})))", SECONDS, exemplars=True), "not summed by le"),
         (
             one(f"histogram_quantile(0.9, sum by (le) ({TTFT.partition('[')[0]}))", SECONDS, exemplars=True),
