@@ -167,7 +167,7 @@ class Asking:
             try:
                 if route.hedge and (seconds := place.condition.late_seconds) is not None:
                     return await self._hedged(call, route, session, tried, place, kind, seconds)
-                return await self._attempt(call, place, kind)
+                return await self._attempt(call, place, kind, place.condition.begin())
             except UpstreamError as error:
                 over = self._record.attempts >= ATTEMPTS_MOST or self.late
                 if error.at_once and not over:
@@ -177,10 +177,10 @@ class Asking:
                 if _movable(error) and not over and route.choose(session, tried) is not None:
                     kind = AttemptKind.FAILOVER
                     continue
-                if over or route.choose(session, ()) is None:
+                if over:
                     raise
                 repeats += 1
-                seconds = self._pause(repeats, error)
+                seconds = self._pause(repeats, error, route)
                 if seconds is None:
                     raise
             tried.clear()
@@ -196,16 +196,18 @@ class Asking:
         """Nothing more is asked: let go of whoever asked."""
         del self._make_meter
 
-    def _pause(self, repeats: int, error: UpstreamError) -> float | None:
+    def _pause(self, repeats: int, error: UpstreamError, route: Route) -> float | None:
         """Seconds until the same places are asked again; None if they are not."""
         seconds = pause(repeats, error)
         late = self._loop.time() + seconds >= self._end_of_all.at or seconds > RETRY_AFTER_MOST_SECONDS
-        if repeats > self._limits.max_retries or late or not error.retry or not self._budget.take():
+        if repeats > self._limits.max_retries or late or not error.retry:
             return None
-        return seconds
+        # Those that asked for time are closed just now, and open when the pause is over.
+        return seconds if route.admits_in(seconds) and self._budget.take() else None
 
-    async def _attempt(self, call: Call, place: Place, kind: AttemptKind) -> Answer:
-        record, target, condition = self._record, place.target, place.condition
+    async def _attempt(self, call: Call, place: Place, kind: AttemptKind, ticket: int) -> Answer:
+        """`ticket` is that of the place's `begin`: taken with the choice, before others can choose it too."""
+        record, target, condition, sweep = self._record, place.target, place.condition, self._sweep
         record.attempts += 1
         self._names(place)
         began, self.unanswered, self.kind = self._loop.time(), True, kind
@@ -215,11 +217,10 @@ class Asking:
         until, error_then = end.at, _over if end.own else late
         if target.first_byte_seconds is not None and began + target.first_byte_seconds < until:
             until, error_then = began + target.first_byte_seconds, late
-        ticket = condition.begin()
         span = self._open_span(call, target, kind)
         try:
-            with Deadline(self._sweep, until, error_then):
-                answer = await self._send(self._traced(addressed(call, target), span), place, ticket, span)
+            sent = self._traced(addressed(call, target), span)
+            answer = await self._send(sent, place, ticket, span, lambda: Deadline(sweep, until, error_then))
         except UpstreamError as error:
             condition.end()
             # Past its time the upstream may still be at it; any other failure is its last word.
@@ -279,12 +280,20 @@ class Asking:
         self.since = None
         self._recorder.attempted(self._record, error, kind, seconds, model)
 
-    async def _send(self, call: Call, place: Place, ticket: int, span: AttemptSpan | None) -> Answer:
-        answer = await place.target.upstream.send(call)
+    async def _send(
+        self,
+        call: Call,
+        place: Place,
+        ticket: int,
+        span: AttemptSpan | None,
+        deadline: Callable[[], Deadline],
+    ) -> Answer:
+        with deadline():
+            answer = await place.target.upstream.send(call)
         if span is not None:
             answer = span.answered(answer)
         try:
-            begun = await self._begun(answer, place, ticket)
+            begun = await self._begun(answer, place, ticket, deadline)
             if span is not None:
                 span.begun()
             return begun
@@ -292,19 +301,26 @@ class Asking:
             error.upstream_request_id = answer.upstream_request_id
             raise
 
-    async def _begun(self, answer: WholeAnswer | StreamedAnswer, place: Place, ticket: int) -> Answer:
+    async def _begun(
+        self,
+        answer: WholeAnswer | StreamedAnswer,
+        place: Place,
+        ticket: int,
+        deadline: Callable[[], Deadline],
+    ) -> Answer:
         if isinstance(answer, WholeAnswer):
             return Answer(
                 place,
                 ticket,
                 whole=answer.body,
-                facts=read_answer(answer.body),
+                facts=read_answer(answer.body, answer.secret),
                 upstream_request_id=answer.upstream_request_id,
             )
         meter = self._make_meter()
         meter.secret = answer.secret
         try:
-            first = await first_events(answer, meter)
+            with deadline():  # one of its own: who is late from here on has told its request id
+                first = await first_events(answer, meter)
         except BaseException:
             await answer.close()
             raise
@@ -358,7 +374,8 @@ class Asking:
             del first, second  # the error's traceback knows this frame: a cycle would keep the request alive
 
     def _run(self, call: Call, place: Place, kind: AttemptKind) -> _Run:
-        return _Run(place, kind, self._loop.time(), self._loop.create_task(self._attempt(call, place, kind)))
+        attempt = self._attempt(call, place, kind, place.condition.begin())
+        return _Run(place, kind, self._loop.time(), self._loop.create_task(attempt))
 
     async def _first_good(self, first: _Run, second: _Run | None) -> _Run | None:
         """The run that has an answer. None when all have failed, or the first one as no other could mend."""

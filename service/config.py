@@ -196,6 +196,8 @@ class ModelConfig(_File):
             raise ValueError(f"model {self.name!r}: with upstreams, each has its own `model`")
         if "*" in self.name and self.aliases:
             raise ValueError(f"model {self.name!r} stands for many names and takes no aliases")
+        if any("*" in alias for alias in self.aliases):
+            raise ValueError(f"model {self.name!r}: an alias is one name; `*` goes into a model's name")
         there = [(place.upstream, place.model) for place in self.upstreams]
         for upstream, model in there:
             if there.count((upstream, model)) > 1:
@@ -970,7 +972,8 @@ def _parse(path: Path, text: bytes, shape: type[_Shape]) -> _Shape:
         where = f" in line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "no YAML"
         raise ConfigurationError(f"{path}: is not valid YAML{where}: {problem}") from None
-    except (ValueError, RecursionError):  # what PyYAML lets through: a date such as 2024-99-99
+    except (ValueError, RecursionError, LookupError, AttributeError):
+        # What PyYAML lets through: a date such as 2024-99-99, a tag such as `!!int` with nothing behind it.
         raise ConfigurationError(f"{path}: is not valid YAML: a value in it cannot be read") from None
     try:
         return shape.model_validate(content if content is not None else {})

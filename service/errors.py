@@ -14,14 +14,28 @@ from service.domain import Outcome, Standing
 
 WORDS_MOST_LETTERS: Final = 2_000
 """Of an upstream's own words."""
-_SECRET: Final = re.compile(r"\bsk-[A-Za-z0-9_*-]{5,}|\bBearer\s+[^\s'\",]+")
-_INSIDE: Final = re.compile(
-    r"(?:\bhttps?://)?"
-    r"(?<![\w.-])"
-    r"(?:localhost|(?:[A-Za-z0-9-]{1,63}\.){1,9}(?:svc|internal|local)"
-    r"|(?:10|127)(?:\.\d{1,3}){3}|(?:192\.168|169\.254|172\.(?:1[6-9]|2\d|3[01]))(?:\.\d{1,3}){2})"
-    r"(?![\w-])(?::\d+)?(?:/[^\s'\"]*)?"
+_SECRET: Final = re.compile(r"\bsk-[A-Za-z0-9_*-]{5,}|\b(?i:Bearer)\s+[^\s'\",]+")
+_LABEL: Final = r"[a-z0-9-]{1,63}"
+_PATH: Final = r"(?:/[^\s'\"]*)?"
+_URL: Final = rf"\bhttps?://(?:[^\s/@'\"]+@[^\s/'\"]+|\[[^\s/'\"]+|[\w.-]+:\d+|[\w-]+(?!\.?[\w-])){_PATH}"
+"""One that is of no use to strangers: with credentials, a port, an IPv6 address, or a host without a dot."""
+_IPV4: Final = (
+    r"(?:10|127)(?:\.\d{1,3}){3}|(?:192\.168|169\.254|172\.(?:1[6-9]|2\d|3[01]))(?:\.\d{1,3}){2}"
+    r"|100\.(?:6[4-9]|[7-9]\d|1[01]\d|12[0-7])(?:\.\d{1,3}){2}|0(?:\.0){3}"
 )
+_HOST: Final = (
+    rf"(?:\bhttps?://)?(?<![\w.-])(?:localhost|(?:{_LABEL}\.){{1,9}}(?:svc|internal|local|corp|intranet|lan)|{_IPV4})"
+    rf"(?![\w-])(?::\d+)?{_PATH}"
+)
+_HOST_WITH_PORT: Final = (
+    rf"(?<![\w.:-])(?:[a-z]{_LABEL}:[1-9]\d{{3,4}}|(?:{_LABEL}\.){{1,9}}[a-z]{_LABEL}:\d{{2,5}})(?!\w){_PATH}"
+)
+"""Whatever the host. Without a dot in it no `line:42`, and no `gpt-4:0613`."""
+_IPV6: Final = (
+    r"(?<![\w.:-])\[?(?:::1|(?:f[cd][0-9a-f]{2}|fe[89ab][0-9a-f]):[0-9a-f:.]*[0-9a-f])(?:%\w+)?"
+    r"(?:\](?::\d+)?)?(?![\w:])"
+)
+_INSIDE: Final = re.compile("|".join((_URL, _HOST, _HOST_WITH_PORT, _IPV6)), re.IGNORECASE)
 
 
 class WeirError(Exception):

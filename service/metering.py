@@ -14,7 +14,8 @@ from typing import Any, Final
 import msgspec
 
 from service.domain import Operation, Usage, UsageSource
-from service.errors import StreamTruncated, UpstreamError, UpstreamProtocolError, without_secrets
+from service.errors import StreamTruncated, UpstreamError, UpstreamProtocolError
+from service.refusals import failed_in_words, reported
 from service.tokens import ASCII_LETTERS_PER_TOKEN, estimate_text
 
 MAX_EVENT_BYTES: Final = 16 * 1024 * 1024
@@ -28,7 +29,11 @@ _DONE: Final = b"[DONE]"
 # A blank line ends an event. Atomic groups: "\r\n" is one line end, never two.
 _BLANK_LINE: Final = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
 _LINE_END: Final = re.compile(rb"\r\n|\n|\r")
-_WRITTEN: Final = frozenset(("content", "text", "arguments", "refusal", "reasoning_content"))
+_WRITTEN: Final = frozenset(("content", "text", "arguments", "refusal"))
+_THOUGHT: Final = ("reasoning_content", "reasoning")
+"""What a model thought aloud: DeepSeek's name, and that of OpenRouter, Groq, Ollama, vLLM. Some send both."""
+_THOUGHT_AGAIN: Final = "reasoning_details"
+"""Where OpenRouter says the same once more, in parts."""
 _GIVEN: Final = ("prompt_tokens", "input_tokens")
 _MADE: Final = ("completion_tokens", "output_tokens")
 _CACHED: Final = ("cached_tokens", "prompt_cache_hit_tokens", "cache_read_input_tokens")
@@ -55,6 +60,7 @@ class _Head(msgspec.Struct):
 
 class _Whole(msgspec.Struct):
     id: Any = None
+    error: Any = None
     model: Any = None
     usage: Any = None
     choices: list[_Head] | None = None
@@ -71,7 +77,8 @@ class _ToolCall(msgspec.Struct):
 
 class _Delta(msgspec.Struct):
     content: str | None = None
-    reasoning_content: str | None = None
+    reasoning_content: Any = None
+    reasoning: Any = None
     refusal: str | None = None
     tool_calls: list[_ToolCall] | None = None
 
@@ -104,14 +111,20 @@ _decode_whole: Final = msgspec.json.Decoder(_Whole).decode
 _decode_chunk: Final = msgspec.json.Decoder(_Chunk).decode
 
 
-def read_answer(body: bytes) -> AnswerFacts:
-    """The facts of a whole answer. Raises UpstreamProtocolError if it is no JSON object."""
+def read_answer(body: bytes, secret: str | None = None) -> AnswerFacts:
+    """The facts of a whole answer.
+
+    Raises UpstreamProtocolError if it is no JSON object, and what an error in its place says: some gateways put one
+    below a status of 200. A response that failed has a status, and is an answer.
+    """
     try:
         whole = _decode_whole(body)
     except msgspec.ValidationError:
         whole = _decode_leniently(body)
     except _NOT_JSON:
         raise _no_json() from None
+    if whole.error and whole.choices is None and whole.status is None:
+        raise reported(whole.error, secret)
     return _facts(whole)
 
 
@@ -314,12 +327,15 @@ class StreamMeter:
             chunk = _decode_chunk(data)
         except msgspec.ValidationError:
             self.events += 1
+            self._note_unusual(data)
             return event  # an unusual shape: not ours to judge
         except _NOT_JSON:
             self.error = _no_json()
             return None
         if chunk.error or chunk.type == "error":
-            self.error = _reported(chunk, self.secret)
+            told = chunk.error or {"message": chunk.message, "code": chunk.code}
+            # Before the first event it is what an HTTP status would have been; later the stream is broken.
+            self.error = (failed_in_words if self.events else reported)(told, self.secret)
             return None
         self.events += 1
         if self._tap is not None:
@@ -330,7 +346,7 @@ class StreamMeter:
         return self._note_completion(chunk, event, data)
 
     def _note_completion(self, chunk: _Chunk, event: bytes, data: bytes) -> bytes | None:
-        if self.id is None:
+        if self.id is None and chunk.id:  # Azure's first chunk, of filters, has neither
             self.id = chunk.id
         if chunk.model:
             self.model = chunk.model
@@ -352,6 +368,17 @@ class StreamMeter:
             return event
         return _without_usage(event, data) if chunk.choices else None
 
+    def _note_unusual(self, data: bytes) -> None:
+        """What can be counted of a chunk of another shape: Mistral's content may be a list of parts."""
+        try:
+            chunk = msgspec.json.decode(data)
+        except _NOT_JSON:
+            return
+        if isinstance(chunk, dict):
+            for text in _texts(chunk.get("choices")):
+                self._count_letters(text)
+            self._note_usage(chunk.get("usage"))
+
     def _note_usage(self, value: Any) -> None:
         """Running totals grow, and some servers tell input and output apart: the largest, never a sum."""
         usage = read_usage(value)
@@ -363,8 +390,8 @@ class StreamMeter:
     def _note_delta(self, delta: _Delta, index: int) -> None:
         if delta.content:
             self._note_text(delta.content, index)
-        if delta.reasoning_content:
-            self._count_letters(delta.reasoning_content)
+        if delta.reasoning_content or delta.reasoning:
+            self._count_letters(_thought(delta.reasoning_content, delta.reasoning))
         if delta.refusal:
             self._note_text(delta.refusal, index)
         for call in delta.tool_calls or ():
@@ -404,6 +431,11 @@ def _largest(one: Usage, other: Usage) -> Usage:
     return msgspec.structs.replace(one, **larger)
 
 
+def _thought(*told: Any) -> str:
+    """What a model thought aloud, of the fields that may have it: the first, for the others repeat it."""
+    return next((text for text in told if text and isinstance(text, str)), "")
+
+
 def _texts(value: Any) -> Iterator[str]:
     """The strings in an answer that a model wrote. Not recursive: its depth is the upstream's choice."""
     waiting = [value]
@@ -412,10 +444,12 @@ def _texts(value: Any) -> Iterator[str]:
         if isinstance(item, list):
             waiting.extend(item)
         elif isinstance(item, dict):
+            if thought := _thought(*map(item.get, _THOUGHT)):
+                yield thought
             for name, part in item.items():
                 if isinstance(part, str) and name in _WRITTEN:
                     yield part
-                else:
+                elif not (thought and name == _THOUGHT_AGAIN):
                     waiting.append(part)
 
 
@@ -450,14 +484,6 @@ def _decode_leniently(body: bytes) -> _Whole:
     if not isinstance(decoded, dict):
         raise _no_json()
     return _Whole(id=decoded.get("id"), model=decoded.get("model"), usage=decoded.get("usage"))
-
-
-def _reported(chunk: _Chunk, secret: str | None) -> UpstreamError:
-    """An error event as our error, with the upstream's own words."""
-    detail = chunk.error if isinstance(chunk.error, dict) else {"message": chunk.error or chunk.message}
-    message = detail.get("message")
-    words = message if isinstance(message, str) and message else "no reason was given"
-    return UpstreamError(f"The upstream reported an error in the stream: {without_secrets(words, secret)}")
 
 
 def _without_usage(event: bytes, data: bytes) -> bytes:

@@ -34,6 +34,8 @@ class WholeAnswer(msgspec.Struct, frozen=True):
 
     body: bytes
     upstream_request_id: str | None = None
+    secret: str | None = None
+    """As that of a stream."""
 
 
 class StreamedAnswer(Protocol):

@@ -101,6 +101,9 @@ def rejected(status: int, raises: str) -> Sees:
     )
 
 
+TOO_LONG: Final = rejected(400, "BadRequestError")._replace(code="context_length_exceeded")
+
+
 class Place(NamedTuple):
     """An upstream of `Surroundings`, and the model there, which says how it behaves."""
 
@@ -134,6 +137,7 @@ FAULTS: Final = (
     at("certificate not trusted (TLS)", Place("untrusted"), whole=UNAVAILABLE),
     at("no TLS there (TLS)", Place("plain"), whole=UNAVAILABLE),
     fault("401", "status-401", REFUSED_KEY, REFUSED_KEY),
+    fault("402", "status-402", REFUSED_KEY, REFUSED_KEY),
     fault("403", "status-403", REFUSED_KEY, REFUSED_KEY),
     fault("404", "status-404", *[rejected(404, "NotFoundError")] * 2),
     fault("408", "status-408", *[rejected(408, "APIStatusError")] * 2),
@@ -173,6 +177,9 @@ FAULTS: Final = (
         Sees(200, "openai_service_error", "APIError", outcome=Outcome.UPSTREAM_ERROR, usage=ESTIMATED),
     ),
     fault("error as the first event", "error-first", None, BROKEN),
+    fault("200 with an error, its code 502", "error-200-502", BROKEN, BROKEN),
+    fault("200 with an error, its code 429", "error-200-429", LIMITED, LIMITED),
+    fault("200 with an error, its code context_length_exceeded", "too-long-200", TOO_LONG, TOO_LONG),
     fault("no [DONE]", "close-no-done", None, CUT._replace(usage=PROVIDER)),
     fault("no usage", "no-usage", *[GOOD._replace(usage=ESTIMATED)] * 2),
     fault("wrong content type", "wrong-type", BROKEN, BROKEN),
@@ -252,8 +259,10 @@ class Surroundings:
     ) -> None:
         self._stack.close()
 
-    def weir(self, models: dict[str, tuple[Place, ...]], times: Times) -> RunningWeir:
-        """A Weir with these models, not yet running."""
+    def weir(
+        self, models: dict[str, tuple[Place, ...]], times: Times, price: dict[str, float] | None = None
+    ) -> RunningWeir:
+        """A Weir with these models, not yet running; without `price` most of them have none."""
         file = FileConfig.model_validate(
             {
                 "upstreams": [
@@ -267,7 +276,7 @@ class Surroundings:
                     for name, url in self.urls.items()
                 ],
                 "models": [
-                    {"name": name, "upstreams": [place._asdict() for place in places]}
+                    {"name": name, "upstreams": [place._asdict() for place in places], "price": price}
                     for name, places in models.items()
                 ],
             }

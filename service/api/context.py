@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from enum import Enum
 from typing import Any, Final
+from urllib.parse import quote
 
 from service.api.address import Network, client_address
 from service.caching.policy import NO_WISH, Wish, read_wish
@@ -18,6 +19,8 @@ from service.serving import Snapshot
 
 SCOPE_KEY: Final = "weir"
 TIMEOUT_MOST_SECONDS: Final = 1_000_000.0
+_AS_THEY_ARE: Final = "/:@+,=;!$&'()*[]"
+"""In the name of a model in a header; other letters than these and ASCII's own are percent-encoded."""
 
 
 class Dialect(Enum):
@@ -130,3 +133,13 @@ class RequestContext:
 def context_of(scope: Any) -> RequestContext:
     context: RequestContext = scope[SCOPE_KEY]
     return context
+
+
+def source_headers(record: RequestRecord) -> list[tuple[bytes, bytes]]:
+    """Where an answer came from: the provider's own id of the call, and the model, if it stood in."""
+    headers = []
+    if record.upstream_request_id:
+        headers.append((b"x-upstream-request-id", record.upstream_request_id.encode("latin-1", "replace")))
+    if record.answered_by is not None:
+        headers.append((b"x-weir-model", quote(record.answered_by, safe=_AS_THEY_ARE).encode()))
+    return headers

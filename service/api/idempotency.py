@@ -20,7 +20,7 @@ import msgspec
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.context import SCOPE_KEY, Dialect, RequestContext
+from service.api.context import SCOPE_KEY, Dialect, RequestContext, source_headers
 from service.api.sse import COMMENT
 from service.domain import Outcome
 from service.errors import (
@@ -241,9 +241,8 @@ class _Run:
     def _answer(self) -> KeptAnswer:
         context = self._context
         headers, record = self._headers, context.record
-        if record is not None and record.upstream_request_id:
-            upstream_id = record.upstream_request_id.encode("latin-1", "replace")
-            headers = [*headers, (b"x-upstream-request-id", upstream_id)]
+        if record is not None:
+            headers = [*headers, *source_headers(record)]
         fits = self._size <= self._shared.most_bytes
         return KeptAnswer(
             VERSION,

@@ -64,7 +64,7 @@ def make_router(*, batch_concurrency: int, keepalive_seconds: float) -> APIRoute
                 opening = await dialogue.begin(context.principal, turn, stream=False)
                 run.record.conversation_id = opening.conversation_id
                 await run.open(opening.call, wish=context.wish)
-                text = _text_of(run.whole)
+                text = _text_of(run)
             run.beside = partial(dialogue.keep, opening, text, run.record)
         return _chat_answer(run.record, opening, text)
 
@@ -131,7 +131,7 @@ def make_router(*, batch_concurrency: int, keepalive_seconds: float) -> APIRoute
         async with exchange(context, "/generate") as run:
             with CallerWatch(request.receive, run.sweep):
                 await run.open(call, wish=context.wish)
-                text = _text_of(run.whole)
+                text = _text_of(run)
         record = run.record
         return schemas.GenerateAnswer(
             text=text,
@@ -158,7 +158,7 @@ def make_router(*, batch_concurrency: int, keepalive_seconds: float) -> APIRoute
                     async with run:
                         with watch.of_child():
                             await run.open(call, wish=context.wish)
-                            text = _text_of(run.whole)
+                            text = _text_of(run)
                 except WeirError as error:
                     detail = schemas.ErrorDetail(**error.body()["error"])
                     return schemas.BatchResult(index=index, error=detail)
@@ -246,12 +246,14 @@ class _Completion(msgspec.Struct):
     choices: list[_Choice]
 
 
-def _text_of(answer: bytes | None) -> str:
+def _text_of(run: Exchange) -> str:
     """The text of a whole chat completion. Raises UpstreamProtocolError if it has none."""
     try:
-        said = msgspec.json.decode(answer or b"", type=_Completion).choices[0].message
+        said = msgspec.json.decode(run.whole or b"", type=_Completion).choices[0].message
     except (msgspec.DecodeError, IndexError):
-        raise UpstreamProtocolError("The upstream's answer holds no message.") from None
+        raise UpstreamProtocolError(
+            "The upstream's answer holds no message.", upstream_request_id=run.record.upstream_request_id
+        ) from None
     return said.content or said.refusal or ""
 
 

@@ -19,7 +19,7 @@ from service.api.sse import send_stream
 from service.chat import read_call
 from service.deadlines import Deadline
 from service.domain import Operation
-from service.errors import ModelNotFound, UpstreamTimeout
+from service.errors import ModelNotFound, RequestDeadline, UpstreamTimeout
 
 JSON: Final = (b"content-type", b"application/json")
 _FORWARDED: Final = ((b"openai-beta", "OpenAI-Beta"),)
@@ -73,8 +73,12 @@ class ModelList:
         """What the catalogue lists; it may have to ask an upstream."""
         context = context_of(scope)
         service = context.snapshot.service
-        until = asyncio.get_running_loop().time() + service.limits.timeout_seconds
-        with CallerWatch(receive, service.sweep), Deadline(service.sweep, until, _no_list):
+        seconds, left = service.limits.timeout_seconds, context.left_seconds
+        late = _no_list
+        if left is not None and left < seconds:
+            seconds, late = left, _over
+        until = asyncio.get_running_loop().time() + seconds
+        with CallerWatch(receive, service.sweep), Deadline(service.sweep, until, late):
             return await service.catalogue.models(context.principal)
 
 
@@ -91,6 +95,10 @@ class ModelShow(ModelList):
 
 def _no_list() -> UpstreamTimeout:
     return UpstreamTimeout("The upstream did not list its models in time.")
+
+
+def _over() -> RequestDeadline:
+    return RequestDeadline("The list of models took longer than it may.")
 
 
 async def send_json(

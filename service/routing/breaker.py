@@ -81,9 +81,13 @@ class Breaker:
     @property
     def admits(self) -> bool:
         """Whether a call may be sent now. Nothing is counted by asking."""
+        return self.admits_in(0.0)
+
+    def admits_in(self, seconds: float) -> bool:
+        """The same in so many seconds, as far as is known now."""
         if self.state is Circuit.CLOSED:
             return True
-        return self._clock() >= self._open_until and not self._probing
+        return self._clock() + seconds >= self._open_until and not self._probing
 
     @property
     def open_seconds(self) -> float:

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, 
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 from service.config import Configuration, FallbackConfig, ModelConfig, PlaceConfig
 from service.domain import Price, Principal
@@ -166,7 +167,7 @@ class ModelCatalogue:
                 "id": name,
                 "object": "model",
                 "created": 0,
-                "owned_by": route.first.upstream.provider or "unknown",
+                "owned_by": self._owner(route.first.upstream),
             }
             for name, route in self._routes.items()
         ]
@@ -189,6 +190,12 @@ class ModelCatalogue:
     async def _ask(self, upstream: str) -> Sequence[dict[str, Any]]:
         """The models that an upstream lists."""
         return await self._upstreams[upstream].models()
+
+    def _owner(self, upstream: Upstream) -> str:
+        """Its provider. Of one that nobody knows that is its host, which callers have no business to see."""
+        config = self._configs[upstream.name]
+        host = urlsplit(config.base_url or "").hostname
+        return config.name if upstream.provider in ("", host, "unknown") else upstream.provider
 
     def _seen_by(self, principal: Principal, models: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
         if not principal.models:

@@ -69,6 +69,10 @@ class Route:
         kept = session if self.sticky else ""
         return choose(self.places, self.strategy, session=kept, region=self._region, avoid=avoid)
 
+    def admits_in(self, seconds: float) -> bool:
+        """Whether any of its places may be asked in so many seconds, as far as is known now."""
+        return any(p.condition.breaker.admits_in(seconds) and not p.condition.peer.full for p in self.places)
+
     def closed(self) -> UpstreamError:
         """What a caller is told when no place may be asked just now."""
         seconds = min(place.condition.breaker.open_seconds for place in self.places)
@@ -110,5 +114,6 @@ def failure_of(error: UpstreamError) -> Failure | None:
         known = _CODES.get(str(detail.get("code")))
         if known is None and any(words in str(detail.get("message")).lower() for words in _WORDS):
             known = Failure.CONTEXT_LENGTH
-        return known
+        # A request that may go through later is not what is wrong.
+        return Failure.UNAVAILABLE if known is None and error.retry else known
     return None if isinstance(error, RequestDeadline) else Failure.UNAVAILABLE

@@ -94,9 +94,8 @@ class DirectUpstream:
             )
             if call.stream:
                 return _Stream(response, key)
-            return WholeAnswer(
-                await _read_whole(response), clean_request_id(response.headers.get(REQUEST_ID_HEADER))
-            )
+            id_there = clean_request_id(response.headers.get(REQUEST_ID_HEADER))
+            return WholeAnswer(await _read_whole(response), id_there, key)
         except BaseException as error:
             if isinstance(error, UpstreamError):
                 error.upstream_request_id = clean_request_id(response.headers.get(REQUEST_ID_HEADER))

@@ -83,7 +83,7 @@ class OpenAISDKUpstream:
             )
             if call.stream:
                 return _Stream(response, self._api_key)
-            return WholeAnswer(await _read_whole(response), request_id)
+            return WholeAnswer(await _read_whole(response), request_id, self._api_key)
         except BaseException as error:
             if isinstance(error, UpstreamError):
                 error.upstream_request_id = request_id

@@ -12,14 +12,11 @@ import msgspec
 from service.errors import (
     StreamTruncated,
     UpstreamError,
-    UpstreamMisconfigured,
     UpstreamProtocolError,
-    UpstreamRateLimited,
-    UpstreamRejected,
     UpstreamTimeout,
     UpstreamUnavailable,
-    without_secrets,
 )
+from service.refusals import cleaned, refusal
 
 _REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,200}")
 MAX_ERROR_BYTES: Final = 64 * 1024
@@ -30,37 +27,8 @@ def rejection(
     status: int, body: bytes, *, retry_after: str | None, request_id: str | None, secret: str | None
 ) -> UpstreamError:
     """The error for an HTTP answer of a `status` other than 200. `secret` never shows in its message."""
-    if status < 400:
-        return UpstreamProtocolError(
-            f"The upstream answered {status}, which is no answer to this.", upstream_request_id=request_id
-        )
-    seconds = _seconds(retry_after)
-    if status in (401, 403):
-        return UpstreamMisconfigured(
-            f"The model's provider refused this service's credentials ({status}).",
-            upstream_request_id=request_id,
-        )
-    if status == 429:
-        return UpstreamRateLimited(
-            "The model's provider limits the rate of requests.",
-            retry_after_seconds=seconds,
-            upstream_request_id=request_id,
-        )
-    if status == 504:
-        return UpstreamTimeout("The upstream reported a timeout (504).", upstream_request_id=request_id)
-    if status == 503:
-        return UpstreamUnavailable(
-            "The upstream is unavailable (503).",
-            retry_after_seconds=seconds,
-            upstream_request_id=request_id,
-        )
-    if status >= 500:
-        return UpstreamError(f"The upstream failed ({status}).", upstream_request_id=request_id)
-    return UpstreamRejected(
-        status,
-        _detail(body, secret),
-        retry_after_seconds=seconds,
-        upstream_request_id=request_id,
+    return refusal(
+        status, _detail(body, secret), retry_after_seconds=_seconds(retry_after), request_id=request_id
     )
 
 
@@ -105,14 +73,7 @@ def _detail(body: bytes, secret: str | None) -> dict[str, Any]:
     detail = decoded.get("error", decoded.get("detail", decoded)) if isinstance(decoded, dict) else None
     if isinstance(detail, list):  # FastAPI's list of what is wrong
         detail = msgspec.json.encode(detail).decode()
-    if isinstance(detail, str):
-        detail = {"message": detail}
-    if not isinstance(detail, dict):
-        return {}
-    return {
-        name: without_secrets(value, secret) if isinstance(value, str) else value
-        for name, value in detail.items()
-    }
+    return cleaned(detail, secret)
 
 
 def _seconds(retry_after: str | None) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import httpx2
@@ -13,7 +13,7 @@ import pytest
 
 from service.config import FileConfig
 from service.domain import Outcome
-from tests.fakes.upstream import CONTENT, FakeUpstream
+from tests.fakes.upstream import CONTENT, Ask, Exchange, FakeUpstream
 from tests.running import RunningWeir, configuration
 
 
@@ -271,3 +271,22 @@ def test_a_caller_who_leaves_a_batch_cancels_all_of_it(weir: RunningWeir, upstre
         upstream.wait_for_call(3)
     assert all(call.cancelled.wait(10) for call in upstream.calls)
     assert {r.outcome for r in weir.records(3)} == {Outcome.CLIENT_DISCONNECTED}
+
+
+class Wordless(FakeUpstream):
+    """Its answers hold no message."""
+
+    def behaviour_of(self, ask: Ask) -> Callable[[Exchange], Awaitable[None]]:
+        return lambda exchange: exchange.whole(b'{"id": "chatcmpl-1", "choices": []}')
+
+
+@pytest.mark.parametrize(
+    ("path", "words"), [("chat", {"message": "Hello!"}), ("generate", {"prompt": "Hello!"})]
+)
+def test_an_answer_without_a_message_is_an_error_that_names_the_providers_call(
+    path: str, words: dict[str, str]
+) -> None:
+    with Wordless() as upstream, RunningWeir(configuration(openai_base_url=upstream.base_url)) as weir:
+        answer = httpx2.post(f"{weir.url}/api/v1/{path}", json=words, timeout=20)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (502, "openai_service_error")
+        assert answer.headers["x-upstream-request-id"] == "req_fake_1"

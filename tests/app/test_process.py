@@ -243,6 +243,24 @@ def test_what_outlasts_the_drain_gets_an_error_event_and_is_accounted(upstream: 
         assert weir.events("request")[0]["error_code"] == "server_shutting_down"
 
 
+def test_whom_the_end_of_the_drain_cuts_off_is_told_to_come_again_whatever_was_tried(
+    upstream: FakeUpstream, tmp_path: Path
+) -> None:
+    places = [{"upstream": "one", "model": "status-500"}, {"upstream": "two", "model": "hang"}]
+    upstreams = [{"name": name, "base_url": upstream.base_url} for name in ("one", "two")]
+    file = tmp_path / "weir.yaml"
+    file.write_text(yaml.safe_dump({"upstreams": upstreams, "models": [{"name": "m", "upstreams": places}]}))
+    with WeirProcess(WEIR_CONFIG=str(file), DRAIN_TIMEOUT="1") as weir, ThreadPoolExecutor(1) as pool:
+        weir.wait_until_ready()
+        asked = pool.submit(_post, weir, {"model": "m", "messages": HELLO})
+        upstream.wait_for_call(2)
+        weir.terminate()
+        answer = asked.result(30)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "server_shutting_down")
+        assert answer.headers["x-should-retry"] == "true"
+        assert weir.wait() == 0
+
+
 def test_each_request_of_the_drain_is_in_the_ledger_when_the_process_has_ended(
     upstream: FakeUpstream,
 ) -> None:

@@ -328,6 +328,22 @@ def test_an_upstream_that_asks_for_time_gets_it(one: FakeUpstream, two: FakeUpst
         assert 5 < condition(weir, "one", "status-429-after").breaker.open_seconds <= 7
 
 
+def test_when_all_ask_for_a_moment_it_is_waited_for(one: FakeUpstream, two: FakeUpstream) -> None:
+    with weir_with(one, two, places("flaky-after-1", "flaky-after-1"), openai_max_retries=1) as weir:
+        assert ask(weir).status_code == 200
+        (record,) = weir.records()
+        assert (record.attempts, record.upstream) == (3, "one")
+        assert attempts(weir, "retry", "one") == 1
+
+
+def test_when_all_ask_for_longer_the_caller_is_told(one: FakeUpstream, two: FakeUpstream) -> None:
+    models = places("status-429-after", "status-429-after")
+    with weir_with(one, two, models, openai_max_retries=2, openai_timeout=5.0) as weir:
+        answer = ask(weir)
+        assert (answer.status_code, answer.headers["retry-after"]) == (429, "7")
+        assert (answer.headers["x-should-retry"], weir.records()[0].attempts) == ("true", 2)
+
+
 def test_callers_with_no_patience_open_no_circuit(one: FakeUpstream, two: FakeUpstream) -> None:
     with weir_with(one, two, places("hang")) as weir:
         for _ in range(6):
@@ -403,9 +419,14 @@ STAND_IN_USD = (PROMPT_TOKENS * 1000 + COMPLETION_TOKENS * 500) / 1_000_000
     ("fault", "kind"),
     [
         ("too-long", "context_length"),
+        ("too-long-200", "context_length"),
+        ("error-200-429", "rate_limit"),
+        ("status-402", "unavailable"),
         ("filtered", "content_filter"),
         ("status-429-after", "rate_limit"),
         ("status-500", "unavailable"),
+        ("status-408", "unavailable"),
+        ("status-409", "unavailable"),
         ("flaky-reset-1000", "unavailable"),
         ("hang", "unavailable"),
     ],
@@ -808,3 +829,15 @@ def test_a_silent_upstream_lists_no_models_and_hides_no_others(one: FakeUpstream
             listed = httpx2.get(f"{weir.url}/v1/models", timeout=20)
             assert listed.status_code == 200
             assert "m" in [model["id"] for model in listed.json()["data"]]
+
+
+def test_a_list_of_models_has_no_more_time_than_its_caller_gives_it(one: FakeUpstream) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        nobody = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
+        with weir_with(nobody, one) as weir:
+            url, limit = f"{weir.url}/v1/models", {"X-Request-Timeout": "0.2"}
+            late = httpx2.get(url, headers=limit, timeout=20)
+            assert (late.status_code, code(late)) == (504, "request_deadline_exceeded")
+            assert late.headers["x-should-retry"] == "false"
+            bad = httpx2.get(url, headers={"X-Request-Timeout": "soon"}, timeout=20)
+            assert (bad.status_code, bad.json()["error"]["param"]) == (400, "X-Request-Timeout")

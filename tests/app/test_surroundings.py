@@ -255,6 +255,8 @@ def test_browsers_are_let_in_only_where_it_is_set(weir: RunningWeir, upstream: F
         refused = httpx2.post(url, headers={"Origin": "https://app.example"}, json={})
         assert refused.status_code == 401
         assert refused.headers["access-control-allow-origin"] == "https://app.example", "errors are readable"
+        readable = refused.headers["access-control-expose-headers"].lower().split(", ")
+        assert {"x-should-retry", "retry-after", "x-request-id", "x-upstream-request-id"} <= {*readable}
         foreign = httpx2.options(url, headers={**preflight, "Origin": "https://evil.example"})
         assert "access-control-allow-origin" not in foreign.headers
 

@@ -31,6 +31,8 @@ status-NNN          Status NNN (400..599) with an OpenAI error envelope; in 401 
 status-NNN-after    The same with ``Retry-After: 7``.
 status-NNN-html     Status NNN with an HTML body.
 too-long            400 with the code context_length_exceeded.
+too-long-200        200 with that error in place of the answer, or as the first event of the stream.
+error-200-NNN       The same with an error whose code is the number NNN.
 filtered            400 with the code content_filter.
 by-key              A key that ends with -429 or -401 gets that status (429 with ``Retry-After: 7``); others a
                     good answer.
@@ -908,6 +910,25 @@ async def status_html(x: Exchange, code: int) -> None:
 @behaviour("too-long")
 async def too_long(x: Exchange) -> None:
     await x.error(400, "Fake 400: the messages are too long.", "context_length_exceeded")
+
+
+@behaviour("too-long-200")
+async def too_long_with_200(x: Exchange) -> None:
+    await _error_with_200(x, "Fake 400: the messages are too long.", "context_length_exceeded")
+
+
+@behaviour("error-200-NNN")
+async def error_with_200(x: Exchange, code: int) -> None:
+    await _error_with_200(x, ERROR_MESSAGE, code)
+
+
+async def _error_with_200(x: Exchange, message: str, code: str | int) -> None:
+    body = json.dumps({"error": {"message": message, "code": code}})
+    if x.ask.streams:
+        await x.send(x.stream_head())
+        await x.play([Event(body)], end=True)
+    else:
+        await x.whole(body.encode())
 
 
 @behaviour("filtered")

@@ -329,6 +329,11 @@ def test_an_empty_file_is_a_good_one(tmp_path: Path) -> None:
             ["model or alias 'a' is there twice"],
         ),
         (
+            UPSTREAM + "models:\n  - {name: a, upstream: one, aliases: ['gpt-*']}\n",
+            ["models.0", "'a'", "an alias is one name"],
+        ),
+        (UPSTREAM + "limits: !!int ''\n", ["is not valid YAML"]),
+        (
             UPSTREAM + "models:\n  - {name: a, upstream: two}\n",
             ["model 'a' names the upstream 'two'", "one of one"],
         ),

@@ -142,6 +142,23 @@ async def test_a_quick_answer_needs_no_second_call() -> None:
     path.nothing_left()
 
 
+async def test_of_many_at_once_one_finds_out_whether_a_place_is_well() -> None:
+    path = Hedged(GOOD_BODY, OTHER_BODY)
+    path.places[0].condition.breaker.open_for(0.0)
+    answers = await asyncio.gather(*(path.ask() for _ in range(10)))
+    assert (answers.count(GOOD_BODY), answers.count(OTHER_BODY)) == (1, 9)
+    assert path.places[0].condition.breaker.state is Circuit.CLOSED
+    path.nothing_left()
+
+
+async def test_of_many_at_once_a_place_gets_no_more_than_it_may_have() -> None:
+    path = Hedged(GOOD_BODY, OTHER_BODY)
+    path.places[0].condition.peer.most = 2
+    answers = await asyncio.gather(*(path.ask() for _ in range(10)))
+    assert (answers.count(GOOD_BODY), answers.count(OTHER_BODY)) == (2, 8)
+    path.nothing_left()
+
+
 async def test_a_late_first_call_is_overtaken_and_given_up_at_once() -> None:
     late = Held()
     path = Hedged(late, OTHER_BODY)

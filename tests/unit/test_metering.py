@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 
 from service import metering
 from service.domain import Operation, Usage, UsageSource
-from service.errors import StreamTruncated, UpstreamError, UpstreamProtocolError
+from service.errors import (
+    StreamTruncated,
+    UpstreamError,
+    UpstreamMisconfigured,
+    UpstreamProtocolError,
+    UpstreamRateLimited,
+    UpstreamRejected,
+    UpstreamUnavailable,
+)
 from service.metering import StreamMeter, estimate_answer, read_answer, read_usage
 
 END_MARK = "data: [DONE]"
@@ -342,6 +350,15 @@ def test_a_text_completion_is_read_alike() -> None:
         (delta("世界"), 2),
         (delta("hé"), 1),
         ({"choices": [{"delta": {"reasoning_content": "12345678"}}]}, 2),
+        ({"choices": [{"delta": {"content": "", "reasoning": "12345678"}}]}, 2),
+        # told twice, and thrice
+        ({"choices": [{"delta": {"reasoning_content": "12345678", "reasoning": "12345678"}}]}, 2),
+        (
+            {"choices": [{"delta": {"reasoning": "12345678", "reasoning_details": [{"text": "12345678"}]}}]},
+            2,
+        ),
+        ({"choices": [{"delta": {"content": [{"type": "text", "text": "12345678"}]}}]}, 2),
+        ({"choices": [{"delta": {"content": [{"type": "thinking", "thinking": [{"text": "1234"}]}]}}]}, 1),
         ({"choices": [{"delta": {"refusal": "12345678"}}]}, 2),
         ({"choices": [{"delta": {"tool_calls": [{"function": {"arguments": '{"a":123}'}}]}}]}, 3),
         ({"choices": [{"delta": {"tool_calls": [{"function": None}]}}]}, 0),
@@ -489,6 +506,20 @@ def test_usage_is_read_as_each_server_writes_it(given: Any, usage: Usage | None)
     assert read_usage(given) == usage
 
 
+def test_usage_is_read_in_a_chunk_of_an_unusual_shape_too() -> None:
+    parts = {
+        "choices": [{"index": 0, "delta": {"content": [{"type": "text", "text": "Hm."}]}}],
+        "usage": USAGE,
+    }
+    assert meter_of(sse(parts, "[DONE]")).usage == Usage(11, 7)
+
+
+@pytest.mark.parametrize("name", ["content", "reasoning_content", "reasoning"])
+def test_a_thought_is_output_as_a_word_is(name: str) -> None:
+    """What comes first to the reader: the time to the first token ends with it."""
+    assert meter_of(sse({"choices": [{"index": 0, "delta": {name: "Hm."}}]})).has_output
+
+
 def test_groqs_usage_beside_the_standard_one_is_not_added_to_it() -> None:
     beside = delta("Hi", x_groq={"id": "req_1", "usage": USAGE})
     assert meter_of(sse(beside)).usage == Usage(11, 7)
@@ -538,10 +569,56 @@ def test_what_is_no_json_object_is_no_answer(body: bytes) -> None:
 
 
 @pytest.mark.parametrize(
+    ("error", "raised", "message"),
+    [
+        ({"message": "Too long.", "code": "context_length_exceeded"}, UpstreamRejected, "Too long."),
+        ({"message": "No.", "type": "invalid_request_error"}, UpstreamRejected, "No."),
+        ({"message": "Slow down.", "code": 429}, UpstreamRateLimited, "limits the rate"),
+        ({"message": "Slow down.", "type": "rate_limit_error"}, UpstreamRateLimited, "limits the rate"),
+        ({"message": "Bad key.", "code": 401}, UpstreamMisconfigured, "credentials"),
+        ({"message": "Overloaded.", "code": "503"}, UpstreamUnavailable, "503"),
+        ({"message": "Boom.", "code": 502}, UpstreamError, "failed (502)"),
+        ({"message": "Boom with sk-secret.", "code": "server_error"}, UpstreamError, "Boom with (hidden)."),
+        ({"code": True}, UpstreamError, "no reason was given"),
+        ("Boom.", UpstreamError, "error: Boom."),
+        (["Boom."], UpstreamError, "no reason was given"),
+    ],
+)
+def test_an_error_in_place_of_an_answer_is_what_its_status_would_have_been(
+    error: Any, raised: type[UpstreamError], message: str
+) -> None:
+    body = dumps({"error": error})
+    with pytest.raises(UpstreamError) as whole:
+        read_answer(body.encode(), "sk-secret")
+    meter = StreamMeter(Operation.CHAT, hide_usage=False)
+    meter.secret = "sk-secret"
+    meter.feed(f"data: {body}\n\n".encode())
+    with pytest.raises(UpstreamError) as first:
+        meter.check()
+    assert type(whole.value) is type(first.value) is raised
+    assert message in whole.value.message
+    assert whole.value.message == first.value.message
+    assert "sk-secret" not in dumps(whole.value.body())
+
+
+def test_an_answer_that_tells_of_an_error_too_is_an_answer() -> None:
+    """A response that failed has a status, and what it has used."""
+    usage = {"input_tokens": 3, "output_tokens": 1}
+    failed = {"id": "r-1", "status": "failed", "error": {"code": "rate_limit_exceeded"}, "usage": usage}
+    assert read_answer(dumps(failed).encode()).usage is not None
+    assert read_answer(b'{"error":null,"data":[]}').usage is None
+
+
+@pytest.mark.parametrize(
     ("body", "tokens"),
     [
         ('{"choices":[{"message":{"content":"12345678","role":"assistant"}}]}', 2),
         ('{"choices":[{"text":"12345678"},{"text":"1234"}]}', 3),
+        ('{"choices":[{"message":{"content":"1234","reasoning_content":"12345678"}}]}', 3),
+        (
+            '{"choices":[{"message":{"content":"1234","reasoning":"12345678","reasoning_details":[{"text":"1"}]}}]}',
+            3,
+        ),
         ('{"output":[{"type":"message","content":[{"type":"output_text","text":"12345678"}]}]}', 2),
         (
             '{"choices":[{"message":{"tool_calls":[{"id":"x","function":{"name":"f","arguments":"12345678"}}]}}]}',

@@ -71,6 +71,13 @@ def test_the_message_is_found_where_servers_put_it(body: bytes, message: str) ->
     assert of(400, body).message == message
 
 
+@pytest.mark.parametrize("status", [408, 409, 429, 500, 502, 503, 504, 529])
+def test_the_time_that_an_upstream_asks_for_is_known_whatever_its_status(status: int) -> None:
+    error = rejection(status, b"", retry_after="7", request_id=None, secret=None)
+    assert error.retry_after_seconds == 7.0
+    assert error.retry
+
+
 def test_the_key_is_taken_out_of_every_message() -> None:
     body = json.dumps({"error": {"message": "key sk-1 is bad, sk-1!"}}).encode()
     assert of(400, body, secret="sk-1").body()["error"]["message"] == "key (hidden) is bad, (hidden)!"
@@ -89,6 +96,18 @@ def test_the_key_is_taken_out_of_every_message() -> None:
         (
             "See https://platform.openai.com/account/api-keys.",
             "See https://platform.openai.com/account/api-keys.",
+        ),
+        ("Cannot connect to host vllm:8000 ssl:default", "Cannot connect to host (hidden) ssl:default"),
+        ("POST http://ollama/v1/chat fails. Ask http://llm.", "POST (hidden) fails. Ask (hidden)."),
+        ("at HTTP://GPU-1.Models.SVC/v1 or Localhost:80", "at (hidden) or (hidden)"),
+        ("gpu.models:443, http://gpu.models:80/v1", "(hidden), (hidden)"),
+        ("lost [::1]:8000, http://[fd00::2]:80/v1, fe80::1%eth0", "lost (hidden), (hidden) (hidden)"),
+        ("100.64.3.7:8000, 0.0.0.0:80, 100.128.0.1", "(hidden), (hidden), 100.128.0.1"),
+        ("http://me:word@example.com/v1 says no", "(hidden) says no"),
+        ("line:42, gpt-4:0613, max_tokens:4096", "line:42, gpt-4:0613, max_tokens:4096"),
+        (
+            '[{"loc":["a"],"ctx":{"le":4096}}], a[0:2], 12:30:15',
+            '[{"loc":["a"],"ctx":{"le":4096}}], a[0:2], 12:30:15',
         ),
         ("at most 10.5 of 172.15.0.1", "at most 10.5 of 172.15.0.1"),
         ("a locally-internalized localhosts task-force", "a locally-internalized localhosts task-force"),
