@@ -24,8 +24,12 @@ class Read:
     functions: tuple[str, ...]
     labels: frozenset[str] | None
     """Those that are left of it by all aggregations around it; None where there is none by labels."""
+    named: frozenset[str]
+    """All that aggregations and matchings around it name, those too that are gone further out."""
     by_quantile: bool
     """A quantile of a histogram is taken of it."""
+    selector: str
+    """What finds its series, without any range or offset."""
 
     @property
     def is_counter(self) -> bool:
@@ -34,34 +38,44 @@ class Read:
 
 def reads(expression: str) -> Iterator[Read]:
     """Raises ValueError where it is no PromQL."""
-    return _reads(promql.parse(expression), (), None)
+    return _reads(promql.parse(expression), (), None, frozenset())
 
 
-def _reads(node: promql.Expr, functions: tuple[str, ...], labels: frozenset[str] | None) -> Iterator[Read]:
+def _reads(
+    node: promql.Expr, functions: tuple[str, ...], labels: frozenset[str] | None, named: frozenset[str]
+) -> Iterator[Read]:
     match node:
         case promql.VectorSelector():
             # The same label may have two matchers; what names it is enough here.
             matchers = {m.name: m.value for m in node.matchers.matchers}
-            name = node.name or matchers.get("__name__", "")
-            yield Read(name, matchers, functions, labels, "histogram_quantile" in functions)
+            name, selector = node.name or matchers.get("__name__", ""), f"{node.name or ''}{node.matchers}"
+            quantile = "histogram_quantile" in functions
+            yield Read(name, matchers, functions, labels, named, quantile, selector)
         case promql.MatrixSelector():
-            yield from _reads(node.vector_selector, functions, labels)
+            yield from _reads(node.vector_selector, functions, labels, named)
         case promql.Call():
             # What is done to a quantile says nothing of the buckets that it is made of.
             inside = None if node.func.name == "histogram_quantile" else labels
+            if node.func.name == "label_replace":
+                made, _, source = (argument.val for argument in node.args[1:4])
+                named = named - {made} | {source}
+                inside = None if inside is None else inside - {made} | {source}
             for argument in node.args:
-                yield from _reads(argument, (node.func.name, *functions), inside)
+                yield from _reads(argument, (node.func.name, *functions), inside, named)
         case promql.AggregateExpr():
             kept = _kept(node.modifier, labels)
             around = (str(node.op), *functions)
+            inside = named if node.modifier is None else named | frozenset(node.modifier.labels)
             for part in (node.expr, node.param):
                 if part is not None:
-                    yield from _reads(part, around, kept)
+                    yield from _reads(part, around, kept, inside)
         case promql.BinaryExpr():
-            yield from _reads(node.lhs, functions, labels)
-            yield from _reads(node.rhs, functions, labels)
+            matching = node.modifier and node.modifier.matching
+            named = named if matching is None else named | frozenset(matching.labels)
+            yield from _reads(node.lhs, functions, labels, named)
+            yield from _reads(node.rhs, functions, labels, named)
         case promql.ParenExpr() | promql.UnaryExpr() | promql.SubqueryExpr():
-            yield from _reads(node.expr, functions, labels)
+            yield from _reads(node.expr, functions, labels, named)
 
 
 def _kept(modifier: promql.AggModifier | None, labels: frozenset[str] | None) -> frozenset[str] | None:

@@ -115,6 +115,8 @@ class Seen:
     chunks: int = 0
     trace_id: str | None = None
     started_at: float = field(default_factory=time.time)
+    at_opening: bool = False
+    """Before the first scrape of its pod."""
 
 
 def used(ask: Ask, seen: Seen) -> Used | None:
@@ -168,7 +170,7 @@ class Caller:
         self._reached = reached
         self._numbers = itertools.count(1)
         self._http = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=30)
+            connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=60)
         )
 
     async def close(self) -> None:
@@ -185,8 +187,7 @@ class Caller:
         request_id = headers["X-Request-ID"] = f"{ask.told.id}.{next(self._numbers)}"
         seen = Seen(Outcome.SUCCESS, request_id, started_at=started_at)
         taking = asyncio.ensure_future(self._take(url, ask, body, headers, seen, began, half))
-        if ask.leaves == "before":
-            await self._until_reached(ask.told.id)
+        if ask.leaves == "before" and await self._reached_before(taking, ask.told.id):
             taking.cancel()
             await asyncio.wait([taking])
             seen.outcome = Outcome.CLIENT_DISCONNECTED
@@ -195,9 +196,13 @@ class Caller:
         seen.seconds = time.perf_counter() - began
         return seen
 
-    async def _until_reached(self, request: str) -> None:
+    async def _reached_before(self, taking: asyncio.Future[None], request: str) -> bool:
+        """A provider has the request; False once it was answered without: turned away at the door."""
         while not self._reached(request):
+            if taking.done():
+                return False
             await asyncio.sleep(0.02)
+        return True
 
     async def _take(
         self,

@@ -1,7 +1,7 @@
 """What kube-state-metrics and the kubelet would say of the run's pods, in their names: there is no cluster.
 
-Whether a pod is ready is true. Its restarts are none, its processor is throttled a little, and the autoscaler
-wants as many pods as there are.
+That a pod runs, and whether it is ready, is true. Its restarts are none, its processor is throttled a little,
+and the autoscaler wants as many pods as there are.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, Final, Self
 
 MOST_PODS: Final = 6
+PHASES: Final = ("Pending", "Running", "Succeeded", "Failed", "Unknown")
 PERIODS_PER_SECOND: Final = 10
 THROTTLED: Final = 0.03
 
@@ -33,8 +35,9 @@ class ClusterMetrics:
                 self.send_response(200)
                 self.send_header("content-type", "text/plain; version=0.0.4")
                 self.send_header("content-length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
+                with suppress(ConnectionError):  # a scraper that waited no longer
+                    self.end_headers()
+                    self.wfile.write(body)
 
             def log_message(self, format: str, *args: Any) -> None: ...  # noqa: A002
 
@@ -63,6 +66,10 @@ class ClusterMetrics:
             lines += [
                 self._line("kube_pod_container_info", 1, **container),
                 self._line("kube_pod_status_ready", 1, pod=pod, condition="true"),
+                *(
+                    self._line("kube_pod_status_phase", phase == "Running", pod=pod, phase=phase)
+                    for phase in PHASES
+                ),
                 self._line("kube_pod_container_status_restarts_total", 0, **container),
                 self._line("container_cpu_cfs_periods_total", periods, **container),
                 self._line("container_cpu_cfs_throttled_periods_total", periods * THROTTLED, **container),

@@ -11,6 +11,7 @@ from typing import Any, Final, NamedTuple
 from tests.programs import ROOT
 
 FOLDER: Final = ROOT / "helm" / "weir" / "files" / "dashboards"
+_LABEL: Final = re.compile(r"\{\{\s*(\w+)\s*\}\}")
 _VARIABLE: Final = re.compile(r"\$\{(\w+)(?::\w+)?\}|\$(\w+)|\[\[(\w+)(?::\w+)?\]\]")
 
 
@@ -24,6 +25,13 @@ class Query(NamedTuple):
     expression: str
     instant: bool
     legend: str
+    columns: frozenset[str] = frozenset()
+    """Labels that are columns of its table."""
+
+    @property
+    def named(self) -> frozenset[str]:
+        """Labels that are shown: in its legend or text, or as columns."""
+        return frozenset(_LABEL.findall(self.legend)) | self.columns
 
     @property
     def name(self) -> str:
@@ -53,6 +61,7 @@ class Dashboard(NamedTuple):
                 target["expr"],
                 bool(target.get("instant")),
                 target.get("legendFormat", ""),
+                _columns(panel),
             )
             for panel in self.panels
             for target in panel.get("targets", [])
@@ -61,7 +70,8 @@ class Dashboard(NamedTuple):
         for note in self.document.get("annotations", {}).get("list", []):
             expression = note.get("expr") or note.get("target", {}).get("expr")
             if expression:
-                found.append(Query(self.name, note["name"], "annotation", "", expression, False, ""))
+                text = f"{note.get('titleFormat', '')} {note.get('textFormat', '')}"
+                found.append(Query(self.name, note["name"], "annotation", "", expression, False, text))
         return found
 
     @property
@@ -115,6 +125,11 @@ def _panels(panels: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             yield from _panels(panel.get("panels") or [])
         else:
             yield panel
+
+
+def _columns(panel: dict[str, Any]) -> frozenset[str]:
+    renamed = (t.get("options", {}).get("renameByName", {}) for t in panel.get("transformations", []))
+    return frozenset(name for names in renamed for name in names if not name.startswith(("Value", "Time")))
 
 
 def _is_prometheus(target: dict[str, Any], panel: dict[str, Any]) -> bool:

@@ -13,6 +13,7 @@ from typing import Any, Final
 _STAGES: Final = re.compile(r'\s*\|\s*(?=(?:[^"]*"[^"]*")*[^"]*$)')
 _FILTER: Final = re.compile(r'(\w+)\s*(=~|!~|!=|>=|<=|==|=|>|<)\s*(?:"([^"]*)"|([\d.]+))')
 _FIELD: Final = re.compile(r"\{\{\s*\.(\w+)\s*\}\}")
+_IF: Final = re.compile(r"\{\{if \.(\w+)\}\}((?:(?!\{\{(?:if|end)).)*)\{\{end\}\}")
 _COMPARE: Final[Mapping[str, Callable[[float, float], bool]]] = {
     ">": lambda a, b: a > b,
     "<": lambda a, b: a < b,
@@ -30,7 +31,7 @@ def matching(query: str, lines: Sequence[Mapping[str, Any]]) -> list[tuple[Mappi
             continue
         if stage.startswith("line_format"):
             template = stage.removeprefix("line_format").strip().strip('"')
-            found = [(line, _formatted(template, line)) for line, _ in found]
+            found = [(line, formatted(template, line)) for line, _ in found]
         else:
             found = [(line, text) for line, text in found if _holds(stage, line)]
     return found
@@ -78,8 +79,13 @@ def _one(text: str, line: Mapping[str, Any]) -> bool:
     return (re.fullmatch(word, shown) is not None) is (operator == "=~")
 
 
-def _formatted(template: str, line: Mapping[str, Any]) -> str:
-    return _FIELD.sub(lambda match: _shown(line.get(match[1])), template)
+def formatted(template: str, line: Mapping[str, Any]) -> str:
+    """What a template makes of a line: `{{.field}}`, and `{{if .field}}...{{end}}` with no `if` inside."""
+    known = _IF.sub(lambda match: match[2] if _shown(line.get(match[1])) else "", template)
+    text = _FIELD.sub(lambda match: _shown(line.get(match[1])), known)
+    if "{{" in text:
+        raise ValueError(f"not a template that is known here: {template}")
+    return text
 
 
 def _shown(value: Any) -> str:

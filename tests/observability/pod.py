@@ -1,8 +1,8 @@
 """One pod of the run, in a process: `python -m service` with another version, which lingers at its end.
 
 What a process counts between its last scrape and its end is lost to Prometheus, by the nature of scraping. So
-this one goes on answering /metrics for a moment, and writes its last state into a file: the run compares to
-the last request.
+this one writes its last state into a file and goes on answering /metrics until it is let go: the run compares
+to the last request.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ import service
 
 VERSION: Final = "WEIR_RUN_VERSION"
 LAST_METRICS: Final = "WEIR_RUN_LAST_METRICS"
-LINGER: Final = "WEIR_RUN_LINGER_SECONDS"
+LET_GO: Final = "WEIR_RUN_LET_GO"
+"""A file that is there once the process may end."""
+MOST_SECONDS: Final = 120.0
+"""After which it ends in any case: whoever began it may be gone."""
 
 
 def main() -> int:
@@ -42,11 +45,16 @@ def main() -> int:
     setattr(serve, "exposition", kept)  # noqa: B010  # mypy: serve itself has it from elsewhere
     code = run([])
     if renders:
-        Path(os.environ[LAST_METRICS]).write_bytes(renders[0]("")[0])
+        last = Path(os.environ[LAST_METRICS])
+        new = last.with_suffix(".new")
+        new.write_bytes(renders[0]("")[0])
+        new.replace(last)
         listener = listen("ADMIN_PORT", "127.0.0.1", int(os.environ["ADMIN_PORT"]))
         admin = AdminServer(AdminApp(Lifecycle(), renders[0]), listener)
         admin.start()
-        time.sleep(float(os.environ[LINGER]))
+        let_go, until = Path(os.environ[LET_GO]), time.monotonic() + MOST_SECONDS
+        while not let_go.exists() and time.monotonic() < until:
+            time.sleep(0.02)
         admin.stop()
     return code
 

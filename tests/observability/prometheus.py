@@ -24,7 +24,7 @@ from tests.programs import ROOT, need
 from tests.running import free_port
 
 RULES: Final = ROOT / "helm" / "weir" / "files" / "rules"
-START_SECONDS: Final = 30.0
+START_SECONDS: Final = 60.0
 POLL_SECONDS: Final = 0.05
 GUARD: Final = 'read -r _; kill -KILL "$1"'
 """What the guarding shell does when its standard input ends: with the process that began this one."""

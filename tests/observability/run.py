@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
@@ -27,7 +27,6 @@ SHORT: Final = Plan(
     outage=(8.0, 11.0),
     rush_at=5.0,
     deploy_at=16.0,
-    drain_after=7.5,
 )
 """For the tests: all faults, in half a minute."""
 
@@ -41,7 +40,6 @@ LONG: Final = Plan(
     outage=(100.0, 112.0),
     rush_at=22.0,
     deploy_at=78.0,
-    drain_after=9.0,
 )
 """For pictures: waves of traffic, and room between the events."""
 
@@ -119,11 +117,14 @@ async def run(directory: Path, plan: Plan, stack: ExitStack, **options: Any) -> 
         )
         prometheus = stack.enter_context(Prometheus(directory / "prometheus", rule_groups(), blocks))
         traffic.on_pods = prometheus.targets
+        traffic.until_scraped = lambda pod: _scraped(prometheus, [pod])
         prometheus.targets(traffic.targets())
         await asyncio.to_thread(prometheus.until, lambda: _seen(prometheus, traffic), "pods were not scraped")
         began = time.time()
+        # All that comes now lies between two scrapes: a rate sees it whole.
+        await asyncio.to_thread(_scraped, prometheus, traffic.scraped())
         await traffic.main()
-        await asyncio.to_thread(prometheus.until, lambda: _seen(prometheus, traffic), "the end was not seen")
+        await asyncio.to_thread(_scraped, prometheus, traffic.scraped())
         await asyncio.to_thread(_evaluated, prometheus, time.time())
         ended = time.time()
         texts, worker = traffic.metrics(), traffic.worker_metrics()
@@ -151,6 +152,18 @@ def _seen(prometheus: Prometheus, traffic: Traffic) -> bool:
     """Prometheus has all requests that the pods have counted."""
     counted = Samples(traffic.metrics()).sum("weir_requests_total")
     return prometheus.value("sum(last_over_time(weir_requests_total[50m]))") == counted
+
+
+def _scraped(prometheus: Prometheus, pods: Sequence[str]) -> None:
+    """Returns when these pods have been scraped once more, from the beginning of the scrape on."""
+    since = time.time()
+
+    def done() -> bool:
+        found = prometheus.query("max by (pod) (timestamp(weir_build_info))")
+        at = {series.labels["pod"]: series.value for series in found}
+        return all(at.get(pod, 0.0) > since for pod in pods)
+
+    prometheus.until(done, f"{pods} were not scraped")
 
 
 def _evaluated(prometheus: Prometheus, since: float) -> None:

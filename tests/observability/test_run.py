@@ -8,3 +8,4 @@ from tests.observability.checks.panels import *  # noqa: F403
 from tests.observability.checks.pictures import *  # noqa: F403
 from tests.observability.checks.sums import *  # noqa: F403
 from tests.observability.checks.truth import *  # noqa: F403
+from tests.observability.checks.values import *  # noqa: F403

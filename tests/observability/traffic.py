@@ -53,7 +53,9 @@ CLUSTER, NAMESPACE, JOB = "harbor", "llm", "weir"
 OLD, NEW = "2.3.0", "2.4.0"
 PODS: Final = {"a": "weir-6d5f7c9b4-k2x8p", "b": "weir-6d5f7c9b4-zr4wq", "c": "weir-7b9d8f6c5-m7t2n"}
 WORKER: Final = "weir-worker-5f6c8d9b7-x9v2r"
-LINGER_SECONDS: Final = 4.0
+POLL_SECONDS: Final = 0.02
+TRIES: Final = 50
+SETTLED_SECONDS: Final = 60.0
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,7 @@ class Plan:
     outage: tuple[float, float]
     rush_at: float
     deploy_at: float
-    """The new pod takes the place of the old one, which is asked no more."""
-    drain_after: float
-    """When the old one is told to end: seconds after its last request."""
+    """The new pod takes the place of the old one, which ends when it has no more to do."""
     drain_seconds: float = 1.5
     rush: int = PLACES + QUEUE + 60
     """Requests that come at once: more than there is room for."""
@@ -82,6 +82,10 @@ class Truth:
 
     asked: list[tuple[Ask, Seen]] = field(default_factory=list)
     surprises: list[str] = field(default_factory=list)
+
+    def rated(self) -> Truth:
+        """As much of it as rates can see: what came after the first scrape of its pod."""
+        return Truth([(ask, seen) for ask, seen in self.asked if not seen.at_opening])
 
     def saw(self, ask: Ask, seen: Seen) -> None:
         self.asked.append((ask, seen))
@@ -137,6 +141,8 @@ class Traffic:
         self.pods: dict[str, Pod] = {}
         self.on_pods: Callable[[list[Target]], None] = lambda _: None
         """Told whenever a pod comes or is gone."""
+        self.until_scraped: Callable[[str], None] = lambda _: None
+        """Returns when Prometheus has what the pod of this name has counted by now."""
         self._directory = directory
         self._environment = environment or {}
         self._stack = ExitStack()
@@ -144,6 +150,8 @@ class Traffic:
         self._asked_now: list[Pod] = []
         self._turns = itertools.count()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._running: Counter[str] = Counter()
+        """Requests under way, by pod."""
         self.redis = self._stack.enter_context(Single())
         self.worker: WeirProcess
         self.providers = {name: self._stack.enter_context(Provider(name)) for name in (OPENAI, AZURE, VLLM)}
@@ -165,6 +173,7 @@ class Traffic:
         self._caller = Caller(self._reached)
         for name in ("a", "b"):
             self._begin(name, OLD)
+            self._scraped.append(name)
         await asyncio.to_thread(self._begin_worker)
         await asyncio.gather(*(asyncio.to_thread(self.pods[name].wait_until_ready) for name in ("a", "b")))
         self._asked_now = [self.pods["a"], self.pods["b"]]
@@ -211,6 +220,7 @@ class Traffic:
         """Ends the pods, so that all of their lines are written, and then the rest."""
         await self._caller.close()
         for pod in self.pods.values():
+            pod.let_go()
             if pod.process.poll() is None:
                 pod.terminate()
         for pod in self.pods.values():
@@ -229,8 +239,12 @@ class Traffic:
             *(_target(self.pods[name], self.pods[name].name, JOB) for name in self._scraped),
         ]
 
+    def scraped(self) -> list[str]:
+        """The pods among them."""
+        return [self.pods[name].name for name in self._scraped]
+
     def _ready(self) -> list[str]:
-        return [self.pods[name].name for name in self._scraped if self.pods[name].process.poll() is None]
+        return [self.pods[name].name for name in self._scraped if not self.pods[name].is_at_its_end]
 
     def worker_metrics(self) -> str:
         return httpx2.get(f"{self.worker.admin_url}/metrics", timeout=10).text
@@ -282,7 +296,6 @@ class Traffic:
             PODS[name],
             version,
             self._directory,
-            LINGER_SECONDS if name == "a" else 0.0,
             WEIR_CONFIG=str(self._config),
             REDIS_URL=self.redis.url,
             REPLICAS="2",
@@ -298,7 +311,6 @@ class Traffic:
             **self._environment,
         )
         self.pods[name] = self._stack.enter_context(pod)
-        self._scraped.append(name)
 
     def _begin_worker(self) -> None:
         """And the PostgreSQL that it copies the ledger to."""
@@ -316,7 +328,7 @@ class Traffic:
     async def _open(self, name: str) -> None:
         pod = self.pods[name]
         for asks in self.script.opening():
-            await asyncio.gather(*(self._ask(pod, ask) for ask in asks))
+            await asyncio.gather(*(self._ask(pod, ask, at_opening=True) for ask in asks))
 
     def _break_config(self) -> None:
         self._write("upstreams: [{name: nobody}]\n")
@@ -352,25 +364,39 @@ class Traffic:
 
     async def _replace(self) -> None:
         await asyncio.to_thread(self.pods["c"].wait_until_ready)
-        self._tell()
         await self._open("c")
+        self._scraped.append("c")
+        self._tell()
+        await asyncio.to_thread(self.until_scraped, self.pods["c"].name)
         self._asked_now = [self.pods["b"], self.pods["c"]]
         await self._drain("a")
 
     async def _drain(self, name: str) -> None:
         """When nothing runs there any more but two questions that will not be answered."""
         pod = self.pods[name]
-        await asyncio.sleep(self.plan.drain_after)
-        endless, unheard, half = self.script.endless(), self.script.unheard(), asyncio.Event()
-        self._spawn(self._ask(pod, endless, half))
-        self._spawn(self._ask(pod, unheard))
-        await half.wait()
-        while not self._reached(unheard.told.id):
-            await asyncio.sleep(0.02)
+        while self._running[pod.name]:
+            await asyncio.sleep(POLL_SECONDS)
+        await self._under_way(pod, self.script.endless, in_its_middle=True)
+        await self._under_way(pod, self.script.unheard, in_its_middle=False)
         pod.terminate()
+        while not pod.is_at_its_end:
+            await asyncio.sleep(POLL_SECONDS)
+        await asyncio.to_thread(self.until_scraped, pod.name)
+        pod.let_go()
         await asyncio.to_thread(pod.wait)
         self._scraped.remove(name)
         self._tell()
+
+    async def _under_way(self, pod: Pod, kind: Callable[[], Ask], *, in_its_middle: bool) -> None:
+        """A question of this kind is with its provider; a busy machine may have turned some away before."""
+        for _ in range(TRIES):
+            ask, half = kind(), asyncio.Event()
+            task = self._spawn(self._ask(pod, ask, half))
+            while not task.done():
+                if half.is_set() if in_its_middle else self._reached(ask.told.id):
+                    return
+                await asyncio.sleep(POLL_SECONDS)
+        raise AssertionError(f"{pod.name} turned {TRIES} requests away")
 
     def _limits_are_met(self) -> None:
         for kind, good, refused in (
@@ -392,25 +418,34 @@ class Traffic:
     def _next(self) -> Pod:
         return self._asked_now[next(self._turns) % len(self._asked_now)]
 
-    def _spawn(self, coroutine: Any) -> None:
-        task = asyncio.get_running_loop().create_task(coroutine)
+    def _spawn(self, coroutine: Any) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._done)
+        return task
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             self.truth.surprises.append(repr(task.exception()))
 
-    async def _ask(self, pod: Pod, ask: Ask, half: asyncio.Event | None = None) -> None:
-        self.truth.saw(ask, await self._caller.ask(pod.url, ask, half))
+    async def _ask(
+        self, pod: Pod, ask: Ask, half: asyncio.Event | None = None, *, at_opening: bool = False
+    ) -> None:
+        self._running[pod.name] += 1
+        try:
+            seen = await self._caller.ask(pod.url, ask, half)
+            seen.at_opening = at_opening
+            self.truth.saw(ask, seen)
+        finally:
+            self._running[pod.name] -= 1
 
     def _reached(self, request: str) -> bool:
         return any(provider.has_seen(request) for provider in self.providers.values())
 
     def _settled(self) -> None:
         """Returns when all records that there must be are in the ledger."""
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + SETTLED_SECONDS
         while (found := len(self.ledger())) < (told := self._records_told()):
             assert time.monotonic() < deadline, f"{found} records in the ledger, {told} told of"
             time.sleep(0.1)

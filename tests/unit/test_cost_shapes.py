@@ -71,6 +71,8 @@ OWN_MACHINES = {
     "vllm-cached.json": Shape(23 * IN + 496 * CACHED + 25 * OUT),
     # each chunk has the sum so far, and the last is there twice
     "vllm-continuous.sse": Shape(19 * IN + 5 * OUT),
+    # the same while it thinks aloud
+    "vllm-thinking.sse": Shape(19 * IN + 9 * OUT),
     "vllm-embeddings.json": Shape(12 * IN, EMBEDDINGS),
     "ollama-chat.json": Shape(26 * IN + 298 * OUT),
     "ollama-chat.sse": Shape(26 * IN + 298 * OUT),
@@ -218,6 +220,12 @@ def test_an_event_that_comes_twice_is_not_paid_twice(name: str) -> None:
     check(paid(streamed(shape.operation, [doubled])), shape.nano)
 
 
+def test_azures_chunks_of_filters_hide_neither_model_nor_id() -> None:
+    meter = StreamMeter(Operation.CHAT)
+    meter.feed((SHAPES / "azure-chat.sse").read_bytes())
+    assert (meter.id, meter.model) == ("chatcmpl-1", "gpt-4o-2024-11-20")
+
+
 def test_what_has_no_price_of_its_own_costs_what_its_total_costs() -> None:
     plain = PriceConfig(input=2.5, output=10)
     for name, nano in {
@@ -245,6 +253,18 @@ def test_a_running_total_is_good_when_the_caller_leaves() -> None:
     usage = left_after("vllm-continuous.sse", 4)
     assert usage.source is UsageSource.PROVIDER
     check(paid(usage), 19 * IN + 3 * OUT)
+
+
+def test_thoughts_are_in_a_running_total_when_the_caller_leaves() -> None:
+    check(paid(left_after("vllm-thinking.sse", 3)), 19 * IN + 5 * OUT)
+
+
+def test_what_was_thought_aloud_is_estimated_where_no_count_came() -> None:
+    """Six letters of thought behind OpenRouter's two comments, then six of the answer."""
+    for events, tokens in ((3, 2), (4, 3)):
+        usage = left_after("openrouter-chat.sse", events)
+        assert usage.source is ESTIMATED
+        check(paid(usage), ASKED * IN + tokens * OUT)
 
 
 def test_text_after_the_last_count_is_estimated_and_said_to_be() -> None:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final
 
 import pytest
 
 from tests.observability.dashboards import Dashboard, Query, dashboards, fill, usual
 from tests.observability.logql import fields, matching
+from tests.observability.prometheus import Series, rule_groups
 from tests.observability.run import Run
+from tests.observability.settings import LAB, LLAMA, MINI, REASONER
+from tests.observability.traffic import CLUSTER, JOB, NAMESPACE
+from tests.promql import reads
 
 DASHBOARDS = dashboards()
 QUERIES = [query for dashboard in DASHBOARDS for query in dashboard.queries]
@@ -22,6 +29,46 @@ EMPTY: dict[str, str] = {
 }
 """Queries that return nothing in this run, by their names, each with the reason. All others return data."""
 
+CHOSEN: Final = {
+    "cluster": CLUSTER,
+    "namespace": NAMESPACE,
+    "job": JOB,
+    "provider": "openai",
+    "model": MINI,
+    "tenant": "acme",
+}
+"""A value of each variable, of those that have the most to show."""
+CHOSEN_FOR: Final[Mapping[str, Mapping[str, str]]] = {
+    "cost/Requests without a price (timeseries)/A": {"model": LAB, "provider": "vllm"},
+    "tokens/Tokens by kind (timeseries)/E": {"model": REASONER},
+    "upstreams/Circuits (state-timeline)/A": {"model": LLAMA},
+    "upstreams/Refused for their limits (429) (timeseries)/A": {"model": LAB},
+}
+"""Other values, for queries of what does not happen to that model."""
+
+SELECTORS = sorted(
+    {
+        read.selector
+        for expression in (
+            *(fill(query.expression, usual(range_seconds=60)) for query in QUERIES),
+            *(rule["expr"] for group in rule_groups() for rule in group["rules"]),
+        )
+        for read in reads(expression)
+    }
+)
+"""Of all panels, annotations and rules."""
+WITHOUT_SERIES: dict[str, str] = {
+    'ALERTS{cluster=~".*",namespace=~".*",alertname=~"Weir.*",alertstate="firing"}': (
+        "an alert waits longer than the run takes"
+    ),
+    "kube_pod_deletion_timestamp{}": "of pods that are being deleted: this run's cluster has none",
+    'weir_state_writes_dropped_total{cluster=~".*",namespace=~".*",job=~"weir"}': (
+        "a run whose books have to agree loses nothing"
+    ),
+    "weir_state_writes_dropped_total{}": "the same",
+}
+"""Those that find nothing in this run, each with the reason."""
+
 
 @pytest.mark.parametrize("query", QUERIES, ids=lambda query: query.name)
 def test_a_panel_has_data(traffic_run: Run, query: Query) -> None:
@@ -32,8 +79,32 @@ def test_a_panel_has_data(traffic_run: Run, query: Query) -> None:
         assert points > 0, query.expression
 
 
-def test_the_list_of_the_empty_names_panels_that_there_are() -> None:
-    assert EMPTY.keys() <= {query.name for query in (*QUERIES, *LOG_QUERIES)}
+@pytest.mark.parametrize("query", QUERIES, ids=lambda query: query.name)
+def test_a_panel_has_data_of_what_was_chosen(traffic_run: Run, query: Query) -> None:
+    """One value of each variable: `.*` would match a label that is not there."""
+    points = _points(traffic_run, query, {**CHOSEN, **CHOSEN_FOR.get(query.name, {})})
+    assert bool(points) is (query.name not in EMPTY), query.expression
+
+
+def test_the_lists_name_panels_that_there_are() -> None:
+    assert EMPTY.keys() | CHOSEN_FOR.keys() <= {query.name for query in (*QUERIES, *LOG_QUERIES)}
+
+
+@pytest.mark.parametrize("query", [q for q in QUERIES if q.named], ids=lambda query: query.name)
+def test_labels_that_a_panel_shows_are_those_of_its_series(traffic_run: Run, query: Query) -> None:
+    found = {label for series in _series(traffic_run, query) for label in series.labels}
+    assert query.named <= found or query.name in EMPTY
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_each_part_of_an_expression_has_series(traffic_run: Run, selector: str) -> None:
+    """Where one part is missing the others may still make a 0 of it, or a rule that never fires."""
+    found = traffic_run.prometheus.series(selector, traffic_run.began, traffic_run.ended)
+    assert bool(found) is (selector not in WITHOUT_SERIES)
+
+
+def test_the_list_of_those_without_series_names_what_is_read() -> None:
+    assert WITHOUT_SERIES.keys() <= set(SELECTORS)
 
 
 @pytest.mark.parametrize("query", LOG_QUERIES, ids=lambda query: query.name)
@@ -56,11 +127,14 @@ def test_variables_have_values(traffic_run: Run, dashboard: Dashboard) -> None:
         assert {s[match[2]] for s in series if s.get(match[2])}, (name, query)
 
 
-def _points(run: Run, query: Query) -> int:
-    seconds = run.ended - run.began
-    expression = fill(query.expression, usual(range_seconds=seconds))
-    if query.instant:
-        found = run.prometheus.query(expression, run.ended)
-    else:
-        found = run.prometheus.query_range(expression, run.began, run.ended, 1)
+def _points(run: Run, query: Query, chosen: Mapping[str, str] = MappingProxyType({})) -> int:
+    found = _series(run, query, chosen)
     return sum(value == value for series in found for _, value in series.points)  # NaN is no data
+
+
+def _series(run: Run, query: Query, chosen: Mapping[str, str] = MappingProxyType({})) -> list[Series]:
+    seconds = run.ended - run.began
+    expression = fill(query.expression, {**usual(range_seconds=seconds), **chosen})
+    if query.instant:
+        return run.prometheus.query(expression, run.ended)
+    return run.prometheus.query_range(expression, run.began, run.ended, 1)
