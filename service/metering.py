@@ -114,8 +114,8 @@ _decode_chunk: Final = msgspec.json.Decoder(_Chunk).decode
 def read_answer(body: bytes, secret: str | None = None) -> AnswerFacts:
     """The facts of a whole answer.
 
-    Raises UpstreamProtocolError if it is no JSON object, and what an error in its place says: some gateways put one
-    below a status of 200. A response that failed has a status, and is an answer.
+    Raises UpstreamProtocolError if it is no JSON object, and what an error in its place says: some gateways
+    put one below a status of 200. A response that failed has a status, and is an answer.
     """
     try:
         whole = _decode_whole(body)

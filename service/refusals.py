@@ -26,7 +26,7 @@ _STATUSES: Final = {
     "rate_limit_error": 429,
     "rate_limit_exceeded": 429,
 }
-"""By the `code` or `type` of an error that comes without a status; whatever else is a fault of the upstream."""
+"""By the `code` or `type` of an error without a status; whatever else is a fault of the upstream."""
 
 
 def refusal(

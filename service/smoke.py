@@ -21,7 +21,7 @@ SECONDS: Final = 60.0
 MOST_TRIES: Final = 1_000
 """Requests that the limit check may send: a higher limit is left alone."""
 PAGE_SECONDS: Final = 5.0
-"""For what needs no model. A pod that has ended answers no packet at all, so its silence must cost less than the
+"""For what needs no model. A pod that has ended answers no packet at all: its silence must cost less than the
 time in which its address goes."""
 LEAVING_SECONDS: Final = 45.0
 """How long the address of an ended pod may still be told: caches of DNS keep it for up to 30 s."""
