@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from functools import partial
 from ipaddress import ip_network
@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Mount, Route
 from starlette.types import ASGIApp
 
 from service import __version__
@@ -93,7 +93,7 @@ from service.upstreams.making import make_upstreams
 
 EXPOSED_HEADERS = (
     *("X-Request-ID", "X-Trace-ID", "X-Conversation-ID", "X-Process-Time", "Retry-After"),
-    *("X-Weir-Cache", "X-Weir-Model"),
+    *("X-Weir-Cache", "X-Weir-Model", "X-Should-Retry", "X-Upstream-Request-ID"),
     *(
         f"X-RateLimit-{what}-{kind}"
         for kind in ("Requests", "Tokens")
@@ -400,13 +400,24 @@ def _surround(app: FastAPI, weir: Weir, hot: dict[str, ASGIApp]) -> None:
     """Put the same middleware around FastAPI's routes and, without FastAPI's own layers, the hot ones."""
     app.exception_handler(RequestValidationError)(_invalid)
     app.exception_handler(HTTPException)(_not_served)
-    layers = _layers(weir)
+    layers = _layers(weir, _plain_templates(app))
     app.user_middleware[:0] = layers
     surrounded = {path: _wrapped(endpoint, layers) for path, endpoint in hot.items()}
     app.middleware_stack = PlainRoutes(app.build_middleware_stack(), surrounded)
 
 
-def _layers(weir: Weir) -> list[Middleware]:
+def _plain_templates(app: FastAPI) -> dict[object, str]:
+    """Of the routes that are not FastAPI's, by what answers them."""
+    found: dict[object, str] = {}
+    for route in app.routes:
+        if isinstance(route, Mount):
+            found[route.app] = route.path
+        elif isinstance(route, Route):
+            found[route.endpoint] = route.path_format
+    return found
+
+
+def _layers(weir: Weir, plain: Mapping[object, str]) -> list[Middleware]:
     """The middleware of every request, the outermost first."""
     settings = weir.configuration.settings
     cors = Middleware(
@@ -424,6 +435,7 @@ def _layers(weir: Weir) -> list[Middleware]:
             tuple(map(ip_network, settings.trusted_proxies)),
             weir.tracing,
             weir.log,
+            plain,
         ),
         *([cors] if settings.cors_origins else []),
         Middleware(ErrorMiddleware, debug=settings.debug),

@@ -30,6 +30,23 @@ class Outcome(StrEnum):
     INTERNAL_ERROR = "internal_error"
 
 
+FAULTS: Final = frozenset(
+    (
+        *(Outcome.UPSTREAM_ERROR, Outcome.TIMEOUT, Outcome.STREAM_TRUNCATED),
+        *(Outcome.OVERLOADED, Outcome.INTERNAL_ERROR),
+    )
+)
+"""Ends that count against the availability: docs/slo.md. Errors of spans, warnings of the log."""
+
+CALLERS_FAULTS: Final = frozenset(
+    (
+        *(Outcome.CLIENT_ERROR, Outcome.RATE_LIMITED),
+        *(Outcome.BUDGET_REJECTED, Outcome.CLIENT_DISCONNECTED),
+    )
+)
+"""Ends that say nothing of the service: the availability does not count them at all."""
+
+
 class Operation(StrEnum):
     """What a caller asks of a model; the value is the path below an OpenAI-compatible base URL."""
 

@@ -14,14 +14,13 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Final
-from urllib.parse import quote
 
 import msgspec
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.address import Network
-from service.api.context import SCOPE_KEY, RequestContext, context_of
+from service.api.context import SCOPE_KEY, RequestContext, context_of, source_headers
 from service.api.idempotency import REPLAY_OF
 from service.api.openai import send_json
 from service.api.sse import error_event
@@ -73,8 +72,6 @@ _FOR_PAGES: Final = (
         ),
     ),
 )
-_AS_THEY_ARE: Final = "/:@+,=;!$&'()*[]"
-"""In the name of a model in a header; other letters than these and ASCII's own are percent-encoded."""
 _GONE_STATUS: Final = CallerGone.status
 
 log = structlog.get_logger("weir")
@@ -91,8 +88,11 @@ class RequestContextMiddleware:
         trusted: Sequence[Network],
         tracing: Tracing,
         log: RequestLog,
+        plain: Mapping[object, str],
     ) -> None:
+        """`plain` are the templates of the routes that are Starlette's alone, by their endpoints."""
         self._app = app
+        self._plain = plain
         self._log = log
         self._tracing = tracing
         self._trusted = trusted
@@ -131,7 +131,7 @@ class RequestContextMiddleware:
 
     def _finish(self, scope: Scope, context: RequestContext) -> None:
         seconds = time.perf_counter() - context.started
-        route, status = _route(scope, context), context.status or _GONE_STATUS
+        route, status = self._route(scope, context), context.status or _GONE_STATUS
         self._metrics.http(context.method, route, status, seconds)
         record = context.record
         outcome = record.outcome if record is not None else _outcome_of(status)
@@ -147,6 +147,16 @@ class RequestContextMiddleware:
             seconds=seconds,
             replay_of=scope.get(REPLAY_OF),
         )
+
+    def _route(self, scope: Scope, context: RequestContext) -> str:
+        """The route's template, never the raw path: labels come from bounded sets."""
+        if context.record is not None:
+            return context.record.route
+        if context.path in MODEL_ROUTES:
+            return context.path
+        # FastAPI's router leaves its own routes in the scope, and of all others only the endpoint.
+        route = scope.get("route")
+        return getattr(route, "path", None) or self._plain.get(scope.get("endpoint"), "none")
 
 
 class ErrorMiddleware:
@@ -301,8 +311,8 @@ async def answer_error(context: RequestContext, send: Send, error: WeirError) ->
 def _advice(context: RequestContext, error: WeirError) -> tuple[tuple[bytes, bytes], ...]:
     """Headers that tell a client whether, and when, to try again."""
     tried = context.record.attempts if context.record is not None else 0
-    # What Weir has tried again already, its callers need not multiply.
-    again = error.retry and (tried <= 1 or error.status == 429)
+    # What Weir has tried again already, its callers need not multiply; of what is Weir's own, nothing was.
+    again = error.retry and (tried <= 1 or error.status == 429 or not isinstance(error, UpstreamError))
     headers = [(b"x-should-retry", b"true" if again else b"false")]
     if error.retry_after_seconds is not None:
         headers.append((b"retry-after", str(max(math.ceil(error.retry_after_seconds), 1)).encode()))
@@ -327,14 +337,10 @@ def _headers(context: RequestContext, message: Message) -> list[tuple[bytes, byt
         headers.append((b"x-trace-id", context.trace.id.encode()))
     record = context.record
     if record is not None:
-        if record.upstream_request_id and message["status"] < 400:
-            headers.append(
-                (b"x-upstream-request-id", record.upstream_request_id.encode("latin-1", "replace"))
-            )
+        if message["status"] < 400:
+            headers.extend(source_headers(record))
         if record.cache is not None:
             headers.append((b"x-weir-cache", record.cache.encode()))
-        if record.answered_by is not None:
-            headers.append((b"x-weir-model", quote(record.answered_by, safe=_AS_THEY_ARE).encode()))
         if context.exchange is not None and context.exchange.standing is not None:
             headers.extend(standing_headers(context.exchange.standing))
     if not context.path.startswith(PROTECTED):
@@ -344,16 +350,6 @@ def _headers(context: RequestContext, message: Message) -> list[tuple[bytes, byt
     else:
         headers.extend(_FOR_ANSWERS)
     return headers
-
-
-def _route(scope: Scope, context: RequestContext) -> str:
-    """The route's template, never the raw path: labels come from bounded sets."""
-    if context.record is not None:
-        return context.record.route
-    if context.path in MODEL_ROUTES:
-        return context.path
-    route = scope.get("route")
-    return getattr(route, "path", None) or "none"
 
 
 def _outcome_of(status: int) -> Outcome:

@@ -83,7 +83,7 @@ class Metrics:
         if error is not None:
             views[self._all.failed_attempt_duration].observe(seconds, _exemplar(record))
         elif record.stream:
-            views[self._all.first_chunk].observe(seconds)
+            views[self._all.first_chunk].observe(seconds, _exemplar(record))
         else:
             views[self._all.attempt_duration].observe(seconds, _exemplar(record))
         self._count_overflow(views)
@@ -181,7 +181,7 @@ class Metrics:
         views[every.calls].inc()
         views[every.duration if good else every.failed_duration].observe(record.duration_seconds, exemplar)
         if record.overhead_seconds is not None:
-            views[every.overhead].observe(record.overhead_seconds)
+            views[every.overhead].observe(record.overhead_seconds, exemplar)
         if record.cache is not None:
             self._cache_uses[record.cache].inc()
             if record.saved_usd:
@@ -189,7 +189,7 @@ class Metrics:
         if record.time_to_first_token_seconds is not None and record.cache is not CacheUse.HIT:
             views[every.first_token].observe(record.time_to_first_token_seconds, exemplar)
         if record.time_per_output_token_seconds is not None:
-            views[every.per_token].observe(record.time_per_output_token_seconds)
+            views[every.per_token].observe(record.time_per_output_token_seconds, exemplar)
         if record.usage is not None:
             self._count(record, record.usage, views)
         self._count_overflow(views)

@@ -37,9 +37,11 @@ def weir_with(upstream: FakeUpstream, **settings: Any) -> RunningWeir:
     )
 
 
-def ask(weir: RunningWeir, model: str = "good", *, stream: bool = False, **more: Any) -> httpx2.Response:
+def ask(
+    weir: RunningWeir, model: str = "good", *, stream: bool = False, timeout: float = 20, **more: Any
+) -> httpx2.Response:
     body = {"model": model, "messages": HELLO, "stream": stream}
-    return httpx2.post(f"{weir.url}{ROUTE}", json=body, timeout=20, **more)
+    return httpx2.post(f"{weir.url}{ROUTE}", json=body, timeout=timeout, **more)
 
 
 def samples(weir: RunningWeir, name: str, *by: str) -> dict[tuple[str, ...], float]:
@@ -50,6 +52,10 @@ def samples(weir: RunningWeir, name: str, *by: str) -> dict[tuple[str, ...], flo
             if sample.name == name and sample.value:
                 found[tuple(sample.labels[label] for label in by)] += sample.value
     return dict(found)
+
+
+def attempts(weir: RunningWeir) -> dict[tuple[str, ...], float]:
+    return samples(weir, "weir_upstream_attempts_total", "kind", "outcome")
 
 
 def total(weir: RunningWeir, name: str) -> float:
@@ -180,9 +186,52 @@ def test_an_attempt_that_the_drain_cut_off_is_counted(upstream: FakeUpstream) ->
         assert waiting.result().status_code == 503
         (record,) = weir.records()
         assert record.error_code == "server_shutting_down"
-        assert samples(weir, "weir_upstream_attempts_total", "outcome") == {("internal_error",): 1}
+        assert attempts(weir) == {("first", "internal_error"): 1}
         durations = samples(weir, f"{CLIENT}_duration_seconds_count", "error_type")
         assert durations == {("server_shutting_down",): 1}
+
+
+@pytest.mark.parametrize("end", ["drain", "caller"])
+def test_a_later_attempt_that_was_cut_off_is_counted_as_what_it_was(upstream: FakeUpstream, end: str) -> None:
+    """Of a request that failed at one place, and was waiting for another."""
+    places = [{"upstream": "one", "model": "status-503"}, {"upstream": "two", "model": "hang"}]
+    known = [{"name": name, "base_url": upstream.base_url} for name in ("one", "two")]
+    file = FileConfig.model_validate({"upstreams": known, "models": [{"name": "moved", "upstreams": places}]})
+    with RunningWeir(configuration(file=file, drain_timeout=0.0)) as weir, ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(ask, weir, "moved", timeout=20 if end == "drain" else 0.5)
+        until(lambda: len(upstream.calls) == 2)
+        if end == "drain":
+            weir.__exit__(None, None, None)
+            assert waiting.result().status_code == 503
+        else:
+            assert isinstance(waiting.exception(), httpx2.TimeoutException)
+        (record,) = weir.records()
+        last = "internal_error" if end == "drain" else "client_disconnected"
+        assert attempts(weir) == {("first", "upstream_error"): 1, ("failover", last): 1}
+        assert record.attempts == 2
+
+
+@pytest.mark.parametrize("model", ["hang", "stall-first"])
+def test_an_attempt_that_the_callers_own_time_cut_off_is_counted(upstream: FakeUpstream, model: str) -> None:
+    with weir_with(upstream) as weir:
+        answer = ask(weir, model, stream=True, headers={"X-Request-Timeout": "0.3"})
+        assert answer.status_code == 504
+        (record,) = weir.records()
+        assert record.outcome is Outcome.TIMEOUT
+        assert attempts(weir) == {("first", "timeout"): 1}
+        durations = samples(weir, f"{CLIENT}_duration_seconds_count", "error_type")
+        assert durations == {("request_deadline_exceeded",): 1}
+
+
+def test_a_stream_that_the_callers_own_time_cut_off_had_begun_well(upstream: FakeUpstream) -> None:
+    with weir_with(upstream) as weir:
+        ask(weir, "ticks-1000-20", stream=True, headers={"X-Request-Timeout": "0.3"})
+        (record,) = weir.records()
+        assert record.outcome is Outcome.TIMEOUT
+        assert attempts(weir) == {("first", "success"): 1}
+        assert samples(weir, "weir_streams_total", "outcome") == {("timeout",): 1}
+        durations = samples(weir, f"{CLIENT}_duration_seconds_count", "error_type")
+        assert durations == {("request_deadline_exceeded",): 1}
 
 
 # -- waiting and Weir's own time -----------------------------------------------------------------
@@ -217,6 +266,41 @@ def test_pauses_between_attempts_are_no_overhead(upstream: FakeUpstream) -> None
         assert record.duration_seconds - waits_of(record) > 0.9, "the pause is in neither"
         assert record.attempts == 2
         assert record.overhead_seconds is not None
+
+
+# -- all of HTTP ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "handler", "status"),
+    [
+        ("GET", "/v1/models", "/v1/models", "2xx"),
+        ("GET", "/v1/models/a/b", "/v1/models/{model}", "4xx"),
+        ("POST", "/v1/models", "/v1/models", "4xx"),
+        ("GET", ROUTE, ROUTE, "4xx"),
+        ("GET", "/api/v1/conversations/x", "/api/v1/conversations/{conversation_id}", "4xx"),
+        ("GET", "/openapi.json", "/openapi.json", "2xx"),
+        ("GET", "/docs-assets/made/up", "/docs-assets", "4xx"),
+        ("GET", "/health", "/health", "2xx"),
+        ("GET", "/made/up", "none", "4xx"),
+    ],
+)
+def test_each_route_has_its_template_as_its_handler(
+    upstream: FakeUpstream, method: str, path: str, handler: str, status: str
+) -> None:
+    with weir_with(upstream) as weir:
+        httpx2.request(method, weir.url + path, timeout=20)
+        until(lambda: total(weir, "http_requests_total") > 0)
+        counted = samples(weir, "http_requests_total", "method", "handler", "status")
+        assert counted == {(method, handler, status): 1}
+
+
+def test_a_caller_who_left_before_the_answer_is_no_fault_of_the_service(upstream: FakeUpstream) -> None:
+    with weir_with(upstream) as weir:
+        with pytest.raises(httpx2.TimeoutException):
+            httpx2.post(f"{weir.url}{ROUTE}", json={"model": "hang", "messages": HELLO}, timeout=0.3)
+        until(lambda: total(weir, "http_requests_total") > 0)
+        assert samples(weir, "http_requests_total", "status") == {("4xx",): 1}
 
 
 # -- sums ----------------------------------------------------------------------------------------

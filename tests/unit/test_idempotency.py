@@ -288,6 +288,7 @@ def record(outcome: Outcome = Outcome.SUCCESS, upstream_id: str | None = None) -
 async def good(scope: Scope, receive: Receive, send: Send) -> None:
     context = context_of(scope)
     context.record = record(upstream_id="req-1")
+    context.record.answered_by = "small one"
     own = ((b"x-conversation-id", b"c"), (b"x-secret", b"s"))
     await send_json(send, b'{"of":"' + context.request_id.encode() + b'"}', 200, own)
 
@@ -320,6 +321,7 @@ async def test_a_repeat_gets_the_first_answer_and_is_told_so() -> None:
         b"content-length": b"18",
         b"x-conversation-id": b"c",
         b"x-upstream-request-id": b"req-1",
+        b"x-weir-model": b"small%20one",
         b"idempotent-replayed": b"true",
         b"x-weir-original-request-id": b"request-0",
     }

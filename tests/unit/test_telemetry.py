@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from math import inf
 from typing import Any
 
 import pytest
@@ -13,17 +14,17 @@ from service.domain import (
     BudgetState,
     CacheUse,
     Cost,
-    Operation,
     Outcome,
     Principal,
-    RequestRecord,
     Standing,
     Usage,
 )
 from service.errors import UpstreamRejected, UpstreamTimeout, UpstreamUnavailable
 from service.overload import Priority, Shed
 from service.telemetry import Metrics
+from service.telemetry.instruments import Histogram, Instrument
 from service.telemetry.recorder import ERROR_TYPES
+from tests.crowd import record
 
 GENAI = {
     "gen_ai_operation_name": "chat",
@@ -33,22 +34,6 @@ GENAI = {
 }
 UNANSWERED = GENAI | {"gen_ai_response_model": ""}
 DURATION = "gen_ai_client_inference_duration_seconds"
-
-
-def record(**fields: Any) -> RequestRecord:
-    known: dict[str, Any] = {
-        "id": "1",
-        "request_id": "r",
-        "route": "/v1/chat/completions",
-        "operation": Operation.CHAT,
-        "outcome": Outcome.SUCCESS,
-        "request_model": "asked",
-        "response_model": "answered",
-        "provider": "openai",
-        "upstream": "openai",
-        "attempts": 1,
-    }
-    return RequestRecord(**known | fields)
 
 
 class Measured:
@@ -73,6 +58,86 @@ class Measured:
         """A request from its opening to its end."""
         self.metrics.opened()
         self.metrics.closed(record(**fields))
+
+
+TOKENS = (*GENAI, "gen_ai_token_modality")
+LABELS: dict[str, tuple[str, ...]] = {
+    DURATION: (*GENAI, "error_type"),
+    "gen_ai_client_inference_time_to_first_chunk_seconds": (*GENAI,),
+    "gen_ai_client_inference_time_per_output_chunk_seconds": (*GENAI,),
+    "gen_ai_client_inference_usage_input_tokens": TOKENS,
+    "gen_ai_client_inference_usage_output_tokens": TOKENS,
+    "gen_ai_client_inference_usage_cache_read_input_tokens": TOKENS,
+    "gen_ai_client_inference_usage_cache_write_input_tokens": TOKENS,
+    "gen_ai_client_inference_usage_reasoning_output_tokens": TOKENS,
+    "gen_ai_client_inference_operation_input_tokens": (*GENAI,),
+    "gen_ai_client_inference_operation_output_tokens": (*GENAI,),
+    "gen_ai_server_request_duration_seconds": (*GENAI, "error_type"),
+    "gen_ai_server_time_to_first_token_seconds": (*GENAI,),
+    "gen_ai_server_time_per_output_token_seconds": (*GENAI,),
+    "weir_requests": ("route", "gen_ai_request_model", "outcome"),
+    "weir_upstream_attempts": ("upstream", "gen_ai_request_model", "kind", "outcome"),
+    "weir_cost_usd": (*GENAI, "tenant", "cost_source"),
+    "weir_wasted_cost_usd": ("reason",),
+    "weir_unpriced_requests": (*GENAI,),
+    "weir_price_table_age_seconds": (),
+    "weir_overhead_seconds": ("route",),
+    "weir_inflight_requests": (),
+    "weir_queue_wait_seconds": ("priority",),
+    "weir_event_loop_lag_seconds": (),
+    "weir_circuit_state": ("upstream", "model", "state"),
+    "weir_cache_requests": ("result",),
+    "weir_cache_saved_usd": ("gen_ai_request_model",),
+    "weir_budget_remaining_usd": ("tenant", "key", "budget"),
+    "weir_degraded": ("feature",),
+    "weir_telemetry_dropped": ("signal",),
+    "weir_label_overflow": ("label",),
+    "weir_build_info": ("version",),
+    "http_requests": ("method", "status", "handler"),
+    "http_request_duration_seconds": ("method", "handler"),
+    "openai_api_calls": ("model", "status"),
+    "openai_tokens_used": ("model",),
+}
+"""Names that others build on: OpenTelemetry's, those that are known from elsewhere, and Weir's own."""
+DURATIONS = (*(0.01 * 2**n for n in range(14)), 163.84, 327.68)
+BUCKETS: dict[str, tuple[float, ...]] = {
+    DURATION: DURATIONS,
+    "gen_ai_client_inference_time_to_first_chunk_seconds": DURATIONS,
+    "gen_ai_client_inference_time_per_output_chunk_seconds": DURATIONS,
+    "gen_ai_client_inference_operation_input_tokens": tuple(4.0**n for n in range(14)),
+    "gen_ai_client_inference_operation_output_tokens": tuple(4.0**n for n in range(14)),
+    "gen_ai_server_request_duration_seconds": DURATIONS,
+    "gen_ai_server_time_to_first_token_seconds": (
+        *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
+        *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
+    ),
+    "gen_ai_server_time_per_output_token_seconds": (
+        *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5),
+    ),
+}
+"""Those that OpenTelemetry's conventions advise."""
+
+
+def defined() -> dict[str, Instrument]:
+    """All metrics, by their names without the endings of samples."""
+    return {
+        metric._name: metric
+        for metric in Measured().registry._collector_to_names
+        if isinstance(metric, Instrument)
+    }
+
+
+def test_names_and_labels_are_those_that_others_know() -> None:
+    found = {name: {*metric.names} for name, metric in defined().items()}
+    assert {name: found.get(name) for name in LABELS} == {name: {*labels} for name, labels in LABELS.items()}
+
+
+def test_buckets_are_those_of_the_conventions() -> None:
+    found = defined()
+    for name, bounds in BUCKETS.items():
+        metric = found[name]
+        assert isinstance(metric, Histogram)
+        assert metric._upper_bounds == pytest.approx([*bounds, inf]), name
 
 
 def test_a_record_becomes_its_metrics() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from itertools import product
 
 import pytest
 from hypothesis import given
@@ -13,26 +12,21 @@ from prometheus_client import CollectorRegistry
 from service.domain import (
     AttemptKind,
     BudgetState,
-    CacheUse,
     Cost,
     Operation,
     Outcome,
     Principal,
-    RequestRecord,
     Standing,
     Usage,
 )
-from service.errors import UpstreamError, UpstreamTimeout, UpstreamUnavailable, WeirError
+from service.errors import UpstreamUnavailable
 from service.routing.breaker import Circuit
-from service.telemetry import MAX_MODELS, MAX_TENANTS, MOST_SERIES, OTHER, BoundedLabel, Metrics
+from service.telemetry import MAX_MODELS, MAX_TENANTS, MOST_SERIES, OTHER, BoundedLabel
 from service.telemetry.catalogue import KEY_SERIES
 from service.telemetry.instruments import Counter, Gauge
 from service.telemetry.labels import MOST_LETTERS, Bounded, Room, is_clean
-from service.telemetry.recorder import ERROR_TYPES
-from tests.unit.test_telemetry import GENAI, Measured, record
-
-CODES = sorted(ERROR_TYPES)
-ROUTES = ("/v1/chat/completions", "/api/v1/chat")
+from tests.crowd import CODES, MODELS, ROUTES, TENANTS, all_of, fill, record
+from tests.unit.test_telemetry import GENAI, Measured
 
 
 def summed(measured: Measured, name: str, **labels: str) -> float:
@@ -52,22 +46,6 @@ def values(measured: Measured, label: str) -> set[str]:
         for sample in family.samples
         if label in sample.labels
     }
-
-
-def all_of(metrics: Metrics, done: RequestRecord) -> None:
-    """A request's whole way: attempts, the pace of its stream, its end."""
-    metrics.opened()
-    good = done.outcome is Outcome.SUCCESS
-    error = None if good else _ERRORS[len(done.request_model) % len(_ERRORS)]
-    metrics.attempted(done, error, AttemptKind.FIRST, 0.1, done.response_model)
-    if done.stream and good:
-        metrics.pace(done, done.response_model)(0.02, 1)
-    metrics.closed(done)
-    if done.stream:
-        metrics.streamed(done, 0.2)
-
-
-_ERRORS: list[WeirError] = [UpstreamUnavailable("no"), UpstreamTimeout("late"), UpstreamError("broken")]
 
 
 # -- values --------------------------------------------------------------------------------------
@@ -188,40 +166,8 @@ def test_sums_are_kept_whatever_has_room(adds: list[tuple[str, str, int]], most:
 
 
 def test_fifty_models_and_two_hundred_tenants_have_room_together() -> None:
-    models, tenants = [f"model-{n}" for n in range(50)], [f"tenant-{n}" for n in range(200)]
-    measured = Measured(*models)
-    asked = 0
-    for number, (model, tenant) in enumerate(product(models, tenants)):
-        principal = Principal(f"{tenant}-key-{number % 5}", tenant)
-        all_of(
-            measured.metrics,
-            record(
-                request_model=model,
-                response_model=model,
-                route=ROUTES[number % 2],
-                stream=number % 3 > 0,
-                principal=principal,
-                usage=Usage(10, 5, 1, 1, 1, 1, 1),
-                cost=Cost(1.0, "genai-prices"),
-                cache=CacheUse.MISS,
-                time_to_first_token_seconds=0.5,
-                time_per_output_token_seconds=0.01,
-                overhead_seconds=0.001,
-            ),
-        )
-        asked += 1
-    for model, outcome, code in product(models, Outcome, CODES[::5]):
-        if outcome is not Outcome.SUCCESS:
-            principal = Principal("key", tenants[asked % 200])
-            failed = record(request_model=model, response_model="", outcome=outcome, error_code=code)
-            failed.principal = principal
-            all_of(measured.metrics, failed)
-            asked += 1
-    for tenant in tenants:
-        state = BudgetState("month", "", used_ratio=0.5, remaining_usd=1.0, warns=False)
-        measured.metrics.standing(record(principal=Principal("k", tenant)), Standing(budgets=(state,)))
-    for model in models:
-        measured.metrics.circuit("openai", model, Circuit.OPEN)
+    measured = Measured(*MODELS)
+    asked = fill(measured.metrics)
     total = measured.series()
     assert 10_000 < total < MOST_SERIES
     assert summed(measured, "weir_requests_total") == asked
@@ -229,8 +175,9 @@ def test_fifty_models_and_two_hundred_tenants_have_room_together() -> None:
     assert summed(measured, "weir_upstream_attempts_total") == asked
     assert summed(measured, "weir_cost_usd_total") == 10_000
     assert summed(measured, "gen_ai_server_request_duration_seconds_count") == asked
-    assert set(models) <= values(measured, "gen_ai_request_model")
-    for model in models:
+    assert set(MODELS) <= values(measured, "gen_ai_request_model")
+    assert set(TENANTS) <= values(measured, "tenant")
+    for model in MODELS:
         labels = {"gen_ai_request_model": model}
         assert summed(measured, "weir_cost_usd_total", **labels) == 200, "by model all is told"
         assert summed(measured, "gen_ai_server_time_to_first_token_seconds_count", **labels) == 200

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 import time
@@ -24,8 +25,11 @@ from service.errors import UpstreamUnavailable
 from service.telemetry import exposition
 from service.telemetry.instruments import Counter, Gauge, Histogram
 from service.telemetry.page import SLICE_LINES
-from tests.unit.test_telemetry import Measured, record
+from tests.crowd import record
+from tests.unit.test_telemetry import Measured
 
+MOST_LETTERS = 128
+"""Of an exemplar's labels together, as OpenMetrics allows."""
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 
@@ -68,7 +72,17 @@ def busy() -> Measured:
         measured.metrics.attempted(
             record(sampled=sampled, trace_id=TRACE), None, AttemptKind.FIRST, 0.25, "answered"
         )
-        measured.went(sampled=sampled, trace_id=TRACE, duration_seconds=0.5, time_to_first_token_seconds=0.3)
+        measured.metrics.attempted(
+            record(stream=True, sampled=sampled, trace_id=TRACE), None, AttemptKind.FIRST, 0.25, "answered"
+        )
+        measured.went(
+            sampled=sampled,
+            trace_id=TRACE,
+            duration_seconds=0.5,
+            time_to_first_token_seconds=0.3,
+            time_per_output_token_seconds=0.02,
+            overhead_seconds=0.002,
+        )
     measured.went(outcome=Outcome.TIMEOUT, duration_seconds=1000.0)
     measured.metrics.attempted(record(), UpstreamUnavailable("no"), AttemptKind.RETRY, 2.0)
     measured.metrics.http("POST", "/v1/chat/completions", 200, 0.25)
@@ -144,6 +158,7 @@ def exemplars(measured: Measured) -> dict[str, set[str]]:
     for family in parse_openmetrics(page(measured.registry, OPENMETRICS)):
         for sample in family.samples:
             if sample.exemplar is not None:
+                assert sum(map(len, itertools.chain(*sample.exemplar.labels.items()))) <= MOST_LETTERS
                 found.setdefault(sample.name, set()).add(sample.exemplar.labels["trace_id"])
     return found
 
@@ -153,7 +168,10 @@ def test_what_is_sampled_leaves_its_trace() -> None:
         "weir_requests_total",
         "gen_ai_server_request_duration_seconds_bucket",
         "gen_ai_server_time_to_first_token_seconds_bucket",
+        "gen_ai_server_time_per_output_token_seconds_bucket",
         "gen_ai_client_inference_duration_seconds_bucket",
+        "gen_ai_client_inference_time_to_first_chunk_seconds_bucket",
+        "weir_overhead_seconds_bucket",
     }
     assert exemplars(busy()) == {name: {TRACE} for name in names}
 
