@@ -206,6 +206,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"metrics": {"prometheusRule": {"disabledAlerts": ["WeirUpstreamdown"]}}},
         "at '/metrics/prometheusRule/disabledAlerts/0': value must be one of 'WeirAvailabilityBurnFast', ",
     ),
+    *[
+        (
+            {"metrics": {"prometheusRule": {"matchers": matchers}}},
+            f"at '/metrics/prometheusRule/matchers': '{matchers}' does not match",
+        )
+        for matchers in ("namespace=apps", '{namespace="apps"}', 'namespace="apps')
+    ],
     (
         {"metrics": {"prometheusRule": {"alertFor": {"WeirUpstreamDown": 15}}}},
         "at '/metrics/prometheusRule/alertFor/WeirUpstreamDown': got number, want string",

@@ -12,6 +12,9 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry
 
+from dashboards.catalogue import panels
+from dashboards.queries import fill
+from service.domain import Outcome
 from service.telemetry import FIRST_TOKEN_BUCKETS, Metrics
 from service.worker.metrics import SinkMetrics
 from tests.programs import ROOT, need
@@ -23,12 +26,14 @@ OF_OTHERS = {
     "kube_pod_status_ready": "kube-state-metrics'",
     "kube_pod_container_info": "kube-state-metrics'",
     "kube_pod_deletion_timestamp": "kube-state-metrics'",
+    "kube_pod_status_phase": "kube-state-metrics'",
 }
 WITHOUT_A_NUMBER = {
     "WeirMetricsAbsent": "of what is not there there is none",
     "WeirPodsNotReady": "one alert for each pod, and the value is always 0",
     "WeirSinkUnavailable": "it is 0, or the worker is gone",
 }
+SLO_PAGE = (ROOT / "docs/slo.md").read_text()
 READ_AS_THEY_ARE = {
     "WeirLedgerWritesDropped": ["weir_state_writes_dropped_total"],
 }
@@ -95,6 +100,17 @@ def test_the_expression_reads_series_that_there_are(rule: Rule) -> None:
             assert read.labels - target <= LIVE[read.name], read.name
 
 
+@each_rule
+def test_the_expression_keeps_apart_what_is_in_different_places(rule: Rule) -> None:
+    place, found = {"cluster", "namespace"}, list(reads(rule["expr"]))
+    for read in found:
+        # Kubernetes knows pods and no jobs.
+        own = place if {*OF_OTHERS} & {other.name for other in found} else place | {"job"}
+        assert read.labels is None or own <= read.labels, read.name
+    for joined in re.findall(r"\bon \(([^)]*)\)", rule["expr"]):
+        assert place <= set(joined.split(", ")), joined
+
+
 def test_the_threshold_of_first_tokens_is_an_edge_of_a_bucket() -> None:
     edges = {read.matchers["le"] for rule in rules() for read in reads(rule["expr"]) if "le" in read.matchers}
     assert len(edges) == 1
@@ -132,6 +148,53 @@ def test_each_record_that_is_read_is_recorded_and_each_threshold_is_read() -> No
     read = {read.name for rule in rules() for read in reads(rule["expr"]) if ":" in read.name}
     assert read <= RECORDS
     assert {name for name in RECORDS if name.endswith(":threshold")} <= read
+
+
+def test_each_record_ends_in_an_alert_or_a_panel_or_is_said_to_be_spare() -> None:
+    asked = [rule["expr"] for rule in ALERTS.values()]
+    asked += [fill(t.expr) for panel in panels() for t in panel.targets if t.source == "prometheus"]
+    used: set[str] = set()
+    while asked:
+        new = {read.name for read in reads(asked.pop())} & RECORDS - used
+        used |= new
+        asked += [rule["expr"] for rule in rules() if rule.get("record") in new]
+    (spare,) = re.findall(r"^Spare(?:.+\n)+", (ROOT / "docs/alerts.md").read_text(), re.MULTILINE)
+    named = set(re.findall(r"`([\w:]+)`", spare))
+    assert named == {re.sub(r"_(bucket|sum|count)$", "", name) for name in RECORDS - used}
+
+
+# -- whose fault it is ---------------------------------------------------------------------------
+
+
+def outcomes_of(record: str) -> list[frozenset[str]]:
+    """Those that a recorded rate counts, one set for each window of it."""
+    every = frozenset(outcome.value for outcome in Outcome)
+    found = []
+    for rule in rules():
+        if str(rule.get("record", "")).startswith(record):
+            ((operator, names),) = re.findall(r'outcome(=~|!~|!=|=)"([^"]+)"', rule["expr"])
+            told = frozenset(names.split("|"))
+            assert told <= every
+            found.append(told if operator in ("=~", "=") else every - told)
+    return found
+
+
+def test_each_outcome_is_good_or_bad_or_not_counted_as_the_docs_say() -> None:
+    table = re.findall(r"^\| (`.+`) \| (good|bad|not counted) \|", SLO_PAGE, re.MULTILINE)
+    said = {name: verdict for names, verdict in table for name in re.findall(r"`(\w+)`", names)}
+    assert set(said) == {outcome.value for outcome in Outcome}
+    valid, bad = (outcomes_of(f"weir:availability:{part}_rate") for part in ("valid", "bad"))
+    assert len(valid) == len(bad) == 3
+    assert set(valid) == {frozenset(name for name, verdict in said.items() if verdict != "not counted")}
+    assert set(bad) == {frozenset(name for name, verdict in said.items() if verdict == "bad")}
+
+
+def test_a_stream_is_good_where_it_ended_as_it_should() -> None:
+    valid, bad = (outcomes_of(f"weir:streams:{part}_rate") for part in ("valid", "bad"))
+    assert len(valid) == len(bad) == 3
+    assert {v - b for v, b in zip(valid, bad, strict=True)} == {frozenset({"success", "client_error"})}
+    left = {outcome.value for outcome in Outcome} - valid[0]
+    assert left == {"client_disconnected"}
 
 
 # -- what people read ----------------------------------------------------------------------------
