@@ -69,8 +69,7 @@ def example() -> str:
     """The `.env.example`: every setting, commented out, with its default."""
     lines = ["# Every setting with its default; copy to .env and uncomment what you change."]
     for name, field in Settings.model_fields.items():
-        value = "" if field.default in (None, ()) else str(field.default)
-        lines += ["", f"# {field.description}", f"#{name.upper()}={_plain(value)}"]
+        lines += ["", f"# {field.description}", f"#{name.upper()}={_plain(field.default)}"]
     return "\n".join(lines) + "\n"
 
 
@@ -140,11 +139,17 @@ def main() -> int:
 
 
 def _default(value: object) -> str:
-    return "-" if value in (None, ()) else f"`{_plain(str(value))}`"
+    plain = _plain(value)
+    return f"`{plain}`" if plain else "-"
 
 
-def _plain(value: str) -> str:
-    return value.lower() if value in ("True", "False") else value
+def _plain(value: object) -> str:
+    """A default as the environment would say it; empty where there is none."""
+    if value is None:
+        return ""
+    if isinstance(value, tuple):
+        return ",".join(str(part) for part in value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 if __name__ == "__main__":

@@ -82,13 +82,14 @@ def events() -> str:
             if not named or level not in (*LEVELS, "exception") or not node.args:
                 continue
             event = node.args[0]
-            if isinstance(event, ast.Constant) and event.value != "request":
-                levels, fields = found.setdefault(str(event.value), (set(), set()))
-                levels.add("error" if level == "exception" else level)
-                fields |= {k.arg for k in node.keywords if k.arg is not None}
-                if level == "exception" or "exc_info" in fields:
-                    fields.discard("exc_info")
-                    fields.add("exception")
+            if not isinstance(event, ast.Constant):
+                raise TypeError(f"{path}:{node.lineno}: the event's name is not a plain word")
+            levels, fields = found.setdefault(str(event.value), (set(), set()))
+            levels.add("error" if level == "exception" else level)
+            fields |= {k.arg for k in node.keywords if k.arg is not None}
+            if level == "exception" or "exc_info" in fields:
+                fields.discard("exc_info")
+                fields.add("exception")
     rows = ["| event | level | fields |", "|---|---|---|"]
     for name, (levels, fields) in sorted(found.items()):
         told = ", ".join(f"`{field}`" for field in sorted(fields)) or "-"

@@ -17,17 +17,10 @@ import msgspec
 import structlog
 
 from service.api.context import RequestContext
-from service.domain import CacheUse, Outcome, RequestRecord, UsageSource
+from service.domain import FAULTS, CacheUse, Outcome, RequestRecord, UsageSource
 from service.logging import encode, json_lines
 from service.overload import Priority
 
-TROUBLE: Final = frozenset(
-    (
-        *(Outcome.UPSTREAM_ERROR, Outcome.TIMEOUT, Outcome.STREAM_TRUNCATED),
-        *(Outcome.OVERLOADED, Outcome.INTERNAL_ERROR),
-    )
-)
-"""What is told as a warning: ends that are no fault of the caller."""
 _DIGITS: Final = 6
 """Of seconds: microseconds."""
 _PRIORITIES: Final[dict[Priority, Literal["high", "normal", "low"]]] = {
@@ -231,7 +224,7 @@ class RequestLog:
         replay_of: str | None,
     ) -> None:
         slow = seconds > self._slow
-        trouble = slow or status >= 500 or outcome in TROUBLE
+        trouble = slow or status >= 500 or outcome in FAULTS
         lines, level, trace = self._lines, self._root.level, context.trace
         trace_id = trace.id or None if trace is not None else None
         if lines is not None and level > (logging.WARNING if trouble else logging.INFO):

@@ -267,7 +267,8 @@ class LogLevel:
     def change(self, level: str, seconds: float) -> None:
         """Want `level` for so many seconds."""
         self._WISH.pack_into(self._memory, 0, time.monotonic() + seconds, LEVELS.index(level))
-        structlog.get_logger("weir").warning("log_level_changed", to=level, seconds=seconds)
+        log = structlog.get_logger("weir")
+        log.warning("log_level_changed", to=level, seconds=seconds)
         self.follow()
 
     def follow(self) -> None:
@@ -277,7 +278,8 @@ class LogLevel:
             self._applied = level
             set_level(level)
             if level == self.configured:
-                structlog.get_logger("weir").warning("log_level_returned", to=level)
+                log = structlog.get_logger("weir")
+                log.warning("log_level_returned", to=level)
 
     def tell(self) -> dict[str, object]:
         until, _ = self._WISH.unpack_from(self._memory)

@@ -52,20 +52,21 @@ def total(values: Values, name: str, **labels: str) -> float:
     )
 
 
-def by(values: Values, name: str, *labels: str) -> dict[tuple[str, ...], float]:
-    """A metric's sums for each combination of these labels' values."""
+def by(values: Values, name: str, *labels: str, **only: str) -> dict[tuple[str, ...], float]:
+    """A metric's sums for each combination of these labels' values, over series with the labels `only`."""
     sums: dict[tuple[str, ...], float] = {}
+    wanted = only.items()
     for series, value in values.items():
-        if series.name == name:
+        if series.name == name and all(label in series.labels for label in wanted):
             key = tuple(map(series.label, labels))
             sums[key] = sums.get(key, 0.0) + value
     return sums
 
 
-def buckets(values: Values, name: str) -> dict[float, float]:
-    """A histogram's cumulative buckets by their upper edge, over all its series."""
+def buckets(values: Values, name: str, **only: str) -> dict[float, float]:
+    """A histogram's cumulative buckets by their upper edge, over its series with these labels."""
     found: dict[float, float] = {}
-    for (edge,), count in by(values, f"{name}_bucket", "le").items():
+    for (edge,), count in by(values, f"{name}_bucket", "le", **only).items():
         found[float(edge)] = count
     return found
 

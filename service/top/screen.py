@@ -11,7 +11,8 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from service.top.watch import CALLERS, FAILED, Quantiles, Report
+from service.domain import CALLERS_FAULTS, FAULTS
+from service.top.watch import Quantiles, Report
 
 LINES_OF_FRAME: Final = 11
 """Title, figures, two rules, headings, the last line."""
@@ -195,9 +196,9 @@ def _first(lines: Sequence[Text], most: int | None, more: str) -> list[Text]:
 
 
 def _style_of(outcome: str) -> str:
-    if outcome in FAILED:
+    if outcome in FAULTS:
         return "red"
-    return "yellow" if outcome in CALLERS else "green"
+    return "yellow" if outcome in CALLERS_FAULTS else "green"
 
 
 def _name(text: str) -> Text:

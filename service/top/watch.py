@@ -8,6 +8,7 @@ from typing import Final
 
 import msgspec
 
+from service.domain import CALLERS_FAULTS, FAULTS
 from service.top import figures
 from service.top import scraping as names
 from service.top.figures import Series, Values
@@ -16,9 +17,6 @@ from service.top.scraping import Answer, Away
 WINDOW_SECONDS: Final = 30.0
 """What rates and quantiles are made of: shorter, they jump; longer, they lag behind."""
 
-FAILED: Final = frozenset({"upstream_error", "timeout", "stream_truncated", "overloaded", "internal_error"})
-CALLERS: Final = frozenset({"client_error", "rate_limited", "budget_rejected", "client_disconnected"})
-"""Neither good nor bad for the service: docs/slo.md counts the same."""
 _CLOSED: Final = "closed"
 
 
@@ -78,6 +76,7 @@ class Report(msgspec.Struct, frozen=True):
     outcomes: tuple[Outcome, ...]
     time_to_first_token_seconds: Quantiles
     duration_seconds: Quantiles
+    """Of good answers: a quick refusal makes nothing faster."""
     input_tokens_per_second: float
     output_tokens_per_second: float
     usd_per_hour: float
@@ -141,12 +140,12 @@ class Watch:
             versions=_versions(pods),
             requests_per_second=rate(names.REQUESTS),
             error_ratio=figures.ratio(
-                sum(o.per_second for o in outcomes if o.outcome in FAILED),
-                sum(o.per_second for o in outcomes if o.outcome not in CALLERS),
+                sum(o.per_second for o in outcomes if o.outcome in FAULTS),
+                sum(o.per_second for o in outcomes if o.outcome not in CALLERS_FAULTS),
             ),
             outcomes=outcomes,
             time_to_first_token_seconds=_quantiles(risen, names.TIME_TO_FIRST),
-            duration_seconds=_quantiles(risen, names.DURATION),
+            duration_seconds=_quantiles(risen, names.DURATION, error_type=""),
             input_tokens_per_second=rate(names.INPUT_TOKENS),
             output_tokens_per_second=rate(names.OUTPUT_TOKENS),
             usd_per_hour=rate(names.COST) * 3600,
@@ -183,8 +182,8 @@ def _counters(values: Values) -> dict[Series, float]:
     return {series: value for series, value in values.items() if series.name in names.COUNTERS}
 
 
-def _quantiles(risen: Values, name: str) -> Quantiles:
-    found = figures.buckets(risen, name)
+def _quantiles(risen: Values, name: str, **only: str) -> Quantiles:
+    found = figures.buckets(risen, name, **only)
     return Quantiles(figures.quantile(0.5, found), figures.quantile(0.95, found))
 
 

@@ -15,17 +15,6 @@ from service.ports import Target
 
 Attributes: TypeAlias = dict[str, Any]
 
-FAULTS: Final = frozenset(
-    (
-        Outcome.UPSTREAM_ERROR,
-        Outcome.TIMEOUT,
-        Outcome.STREAM_TRUNCATED,
-        Outcome.OVERLOADED,
-        Outcome.INTERNAL_ERROR,
-    )
-)
-"""What is an error of a span: all that counts against availability. A refused request is none."""
-
 MOST_LETTERS: Final = 200
 """Of what a caller or an upstream makes up."""
 

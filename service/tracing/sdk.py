@@ -93,10 +93,12 @@ class _Ids(RandomIdGenerator):
 
 def _provider(settings: Settings, version: str, ids: IdGenerator) -> TracerProvider:
     attributes = {
-        **pairs(settings.otel_resource_attributes),
         "service.name": settings.otel_service_name,
+        **pairs(settings.otel_resource_attributes),
         "service.version": version,
     }
+    if "otel_service_name" in settings.model_fields_set:  # the default alone gives way to service.name there
+        attributes["service.name"] = settings.otel_service_name
     return TracerProvider(
         sampler=sampling.ALWAYS_ON,  # whoever comes here was chosen
         id_generator=ids,

@@ -18,7 +18,7 @@ import structlog
 from opentelemetry.context import Context
 from opentelemetry.trace import Span, SpanContext, SpanKind, Status, StatusCode, Tracer, set_span_in_context
 
-from service.domain import AttemptKind, Call, Outcome, RequestRecord
+from service.domain import FAULTS, AttemptKind, Call, Outcome, RequestRecord
 from service.ports import StreamedAnswer, Target, WholeAnswer
 from service.tracing import attributes as told
 from service.tracing.content import Content, Heard
@@ -255,5 +255,5 @@ def _headers(context: SpanContext, baggage: tuple[tuple[str, str], ...]) -> tupl
 def _fail(span: Span, outcome: Outcome, code: str, *, server: bool = True) -> None:
     """To a client any answer but a good one is an error; a server has done well to refuse what is wrong."""
     span.set_attribute("error.type", code)
-    if outcome in told.FAULTS or (not server and outcome is not Outcome.CLIENT_DISCONNECTED):
+    if outcome in FAULTS or (not server and outcome is not Outcome.CLIENT_DISCONNECTED):
         span.set_status(Status(StatusCode.ERROR, code))

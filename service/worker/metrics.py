@@ -12,6 +12,7 @@ from service.worker.ports import Where
 
 WHERES: Final[tuple[Where, ...]] = ("redis", "postgres")
 RESULTS: Final = ("copied", "known", "rejected")
+SIGNALS: Final = ("traces", "logs")
 
 
 class SinkMetrics:
@@ -66,16 +67,17 @@ class SinkMetrics:
         for where in WHERES:
             self._errors.labels(where)
             self._available.labels(where)
-        self._telemetry_dropped.labels("traces")
+        for signal in SIGNALS:
+            self._telemetry_dropped.labels(signal)
         ProcessCollector(registry=registry)
 
     def copied(self, *, new: int, known: int, rejected: int) -> None:
         for result, number in zip(RESULTS, (new, known, rejected), strict=True):
             self._records.labels(result).inc(number)
 
-    def spans_dropped(self, count: int) -> None:
-        """May be called from any thread."""
-        self._telemetry_dropped.labels("traces").inc(count)
+    def telemetry_dropped(self, signal: str, count: int) -> None:
+        """`signal` is of SIGNALS. May be called from any thread."""
+        self._telemetry_dropped.labels(signal).inc(count)
 
     def failed(self, where: Where) -> None:
         self._errors.labels(where).inc()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from functools import partial
 from typing import Final
 
 import structlog
@@ -17,7 +18,7 @@ from service.api.admin import AdminApp
 from service.config import Settings
 from service.errors import ConfigurationError
 from service.lifecycle import Lifecycle
-from service.logging import LogLevel
+from service.logging import LogLevel, json_lines
 from service.telemetry import exposition
 from service.tracing import NO_TRACING, Tracing, make_tracing
 from service.worker.metrics import SinkMetrics
@@ -86,10 +87,10 @@ def work(settings: Settings) -> None:
     """Copy until SIGTERM or SIGINT. Raises ConfigurationError."""
     registry = CollectorRegistry()
     metrics = SinkMetrics(registry)
-    tracing = make_tracing(settings, __version__, metrics.spans_dropped)
+    tracing = make_tracing(settings, __version__, partial(metrics.telemetry_dropped, "traces"))
     sink = make_sink(settings, metrics, tracing)
     log_level = LogLevel(settings.level)
-    lifecycle = Lifecycle(settings.liveness_timeout, on_beat=lambda _: log_level.follow())
+    lifecycle = Lifecycle(settings.liveness_timeout, on_beat=lambda _: _tell(metrics, log_level))
     listener = listen("ADMIN_PORT", settings.admin_host or settings.host or "127.0.0.1", settings.admin_port)
     admin = AdminServer(SinkAdmin(SinkProbe(lifecycle, sink), registry, log_level), listener)
     admin.start()
@@ -101,6 +102,16 @@ def work(settings: Settings) -> None:
         tracing.close()
         admin.stop()
     log.info("stopped")
+
+
+def _tell(metrics: SinkMetrics, log_level: LogLevel) -> None:
+    """What is told at each heartbeat."""
+    log_level.follow()
+    lines = json_lines()
+    dropped = lines.take_dropped() if lines is not None else 0
+    if dropped:
+        metrics.telemetry_dropped("logs", dropped)
+        log.warning("log_lines_dropped", lines=dropped)
 
 
 def make_sink(settings: Settings, metrics: SinkMetrics, tracing: Tracing = NO_TRACING) -> Sink:

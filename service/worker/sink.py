@@ -223,14 +223,20 @@ class Sink:
         if not self._well.get(where):
             self._well[where] = True
             self._metrics.available(where, True)
-            log.info(f"{where}_available")
+            if where == "redis":
+                log.info("redis_available")
+            else:
+                log.info("postgres_available")
 
     async def _failed(self, away: Away) -> None:
         self._metrics.failed(away.where)
         self._metrics.available(away.where, False)
         if self._well.get(away.where) is not False:
             self._well[away.where] = False
-            log.warning(f"{away.where}_unavailable", reason=away.reason)
+            if away.where == "redis":
+                log.warning("redis_unavailable", reason=away.reason)
+            else:
+                log.warning("postgres_unavailable", reason=away.reason)
         # Anew next time: whatever state the old connection is in.
         if away.where == "redis":
             await self._streams.close()

@@ -9,8 +9,9 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
@@ -439,33 +440,62 @@ def test_the_level_is_changed_in_every_worker() -> None:
 # -- nobody reads --------------------------------------------------------------------------------
 
 
-def test_a_log_that_nobody_reads_holds_up_no_request_and_what_is_dropped_is_counted() -> None:
-    program = """
+FEW_LINES: Final = """
 import sys
 from service.logging import BufferedLines
 BufferedLines.MOST_LINES = 100
 from service.__main__ import main
-sys.exit(main(["serve"]))
+sys.exit(main([{command!r}]))
 """
+
+
+def dropped_lines(admin: int) -> float:
+    page = httpx2.get(f"http://127.0.0.1:{admin}/metrics").text
+    found = re.search(r'^weir_telemetry_dropped_total\{signal="logs"\} ([0-9.]+)$', page, re.MULTILINE)
+    return float(found[1]) if found is not None else 0.0
+
+
+def test_a_log_that_nobody_reads_holds_up_no_request_and_what_is_dropped_is_counted() -> None:
+    program = FEW_LINES.format(command="serve")
     port, admin = free_port(), free_port()
     with started(program, PORT=str(port), ADMIN_PORT=str(admin)) as process:
         _wait_for_answer(f"http://127.0.0.1:{admin}/readyz")
         with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as caller:
             for _ in range(1_000):  # 64 KB in the pipe, 100 lines that wait, and several hundred more
                 assert caller.get("/health").status_code == 200
-        sample = re.compile(r'^weir_telemetry_dropped_total\{signal="logs"\} ([0-9.]+)$', re.MULTILINE)
-        while (found := sample.search(httpx2.get(f"http://127.0.0.1:{admin}/metrics").text)) is None:
-            pass
-        assert float(found[1]) > 100
+        until(lambda: dropped_lines(admin) > 100, "not counted")
         assert process.stdout is not None
         output = iter(process.stdout)
         lines = map(line_of, output)  # from here on it is read
-        dropped = next(line for line in lines if line["event"] == "log_lines_dropped")
-        assert dropped["lines"] > 0
+        assert next(line for line in lines if line["event"] == "log_lines_dropped")["lines"] > 0
         process.send_signal(signal.SIGTERM)
         assert {"draining", "stopped"} <= {line["event"] for line in lines}
         assert process.wait(60) == 0
     assert BufferedLines.MOST_LINES == 10_000
+
+
+def test_of_a_worker_whose_log_nobody_reads_what_is_dropped_is_counted() -> None:
+    admin = free_port()
+    nowhere = f"127.0.0.1:{free_port()}"
+    urls = {"REDIS_URL": f"redis://{nowhere}", "LEDGER_POSTGRES_URL": f"postgresql://u:p@{nowhere}/d"}
+    with started(FEW_LINES.format(command="worker"), ADMIN_PORT=str(admin), **urls) as process:
+        _wait_for_answer(f"http://127.0.0.1:{admin}/livez")
+        with httpx2.Client(base_url=f"http://127.0.0.1:{admin}", timeout=20) as caller:
+            for _ in range(1_500):  # each is told: 64 KB in the pipe, 100 lines that wait, and more
+                assert caller.put("/log-level", json={"level": "debug"}).status_code == 200
+        until(lambda: dropped_lines(admin) > 100, "not counted")
+        assert process.stdout is not None
+        lines = map(line_of, process.stdout)  # from here on it is read
+        assert next(line for line in lines if line["event"] == "log_lines_dropped")["lines"] > 0
+        process.send_signal(signal.SIGTERM)
+        assert "stopped" in {line["event"] for line in lines}
+        assert process.wait(60) == 0
+
+
+def until(condition: Callable[[], bool], complaint: str) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, complaint
 
 
 def _wait_for_answer(url: str) -> None:

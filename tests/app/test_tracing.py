@@ -6,6 +6,7 @@ import asyncio
 import gc
 import json
 import socket
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -79,6 +80,17 @@ def outcomes(spans: list[Span]) -> list[tuple[str, str, str]]:
 
 
 # -- the spans of a request ----------------------------------------------------------------------
+
+
+def test_a_request_that_asks_no_model_is_named_after_its_route(
+    collector: FakeCollector, upstream: FakeUpstream
+) -> None:
+    with traced(collector, upstream) as weir:
+        for path in ("/v1/models", "/v1/models/a/b", "/api/v1/usage", "/v1/made-up"):
+            httpx2.get(weir.url + path, timeout=20)
+    assert sorted(span.name for span in collector.spans) == [
+        *("GET /api/v1/usage", "GET /v1/models", "GET /v1/models/{model}", "GET none"),
+    ]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -558,7 +570,9 @@ def dropped(weir: RunningWeir) -> float:
 
 
 def wait_for_dropped(weir: RunningWeir, count: int) -> None:
+    deadline = time.monotonic() + 30
     while dropped(weir) < count:
+        assert time.monotonic() < deadline, "not counted"
         weir.in_loop(lambda: None)
     assert dropped(weir) == count
 

@@ -21,6 +21,7 @@ import redis
 
 from service.domain import Operation, Principal, RequestRecord
 from tests.fakes.otlp import FakeCollector
+from tests.log_lines import line_of
 from tests.postgres_server import PostgresServer
 from tests.redis_servers import Single, SlowProxy
 from tests.running import ROOT, WeirProcess
@@ -238,6 +239,7 @@ def test_sigterm_ends_it_within_seconds_whatever_it_does(place: Place, state: st
         assert 0 < len(copied) < len(place.ids)
         assert len(copied) % 5 == 0 or len(copied) > 5
     assert worker.error_lines == []
+    assert {"starting", "ready"} <= {line_of(line)["event"] for line in worker.lines}
 
 
 # -- outages -------------------------------------------------------------------------------------
@@ -258,6 +260,8 @@ def test_postgres_away_is_one_line_for_each_change_and_the_lag_is_known(place: P
         place.until_copied()
         until(lambda: metric(worker, "lag_records") == 0, "the lag stays")
         until(lambda: changes(worker)[2:] == ["postgres_unavailable", "postgres_available"], "not told")
+    assert {"postgres_unavailable", "postgres_available"} <= {line_of(line)["event"] for line in worker.lines}
+    assert worker.error_lines == []
 
 
 def test_redis_away_is_one_line_for_each_change(place: Place) -> None:

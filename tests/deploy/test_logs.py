@@ -7,18 +7,23 @@ import re
 from datetime import datetime
 from typing import Any, Final
 
+import httpx2
 import pytest
 import yaml
 
 from docs import log_schema
 from tests.deploy import alloy
 from tests.deploy.alloy import Block, Reference
-from tests.running import ROOT
+from tests.log_lines import line_of
+from tests.running import ROOT, WeirProcess
 
 PARTS: Final[dict[str, Any]] = log_schema.schema()["$defs"]
 FIELDS: Final[dict[str, Any]] = {**PARTS["EventLine"]["properties"], **PARTS["RequestLine"]["properties"]}
 FILEBEAT: Final[dict[str, Any]] = yaml.safe_load((ROOT / "deploy/filebeat/filebeat.yml").read_text())
 TEMPLATE: Final[dict[str, Any]] = json.loads((ROOT / "deploy/filebeat/index-template.json").read_text())
+TRACE: Final = "4bf92f3577b34da6a3ce929d0e0e4736"
+RFC3339_NANO: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?(Z|[+-]\d\d:\d\d)")
+"""As Go reads it: Alloy's, and Filebeat's layout."""
 MAPPED: Final[dict[str, Any]] = TEMPLATE["template"]["mappings"]["properties"]
 
 
@@ -106,6 +111,38 @@ def test_only_lines_of_weir_are_read_as_such(configuration: Block) -> None:
     (match,) = configuration.all("stage.match")
     assert {"stage.json", "stage.timestamp", "stage.labels"} <= {block.name for block in match.blocks}
     assert re.fullmatch(r'\{service_name=~?"weir(\|weir-worker)?"\}', match.values["selector"])
+
+
+@pytest.fixture(scope="module")
+def real_lines() -> list[dict[str, Any]]:
+    """All that a process said in which one request was answered."""
+    with WeirProcess(SIMULATOR_TOKENS_PER_SECOND="10000") as weir:
+        weir.wait_until_ready()
+        body = {"model": "simulator", "messages": [{"role": "user", "content": "Hello!"}]}
+        headers = {"X-Request-ID": "mine", "traceparent": f"00-{TRACE}-00f067aa0ba902b7-01"}
+        httpx2.post(f"{weir.url}/v1/chat/completions", json=body, headers=headers, timeout=20)
+        weir.terminate()
+        assert weir.wait() == 0
+    return list(map(line_of, weir.lines))
+
+
+def test_what_it_makes_of_real_lines(configuration: Block, real_lines: list[dict[str, Any]]) -> None:
+    (read,) = configuration.all("stage.json")
+    (labels,) = configuration.all("stage.labels")
+    (time,) = configuration.all("stage.timestamp")
+    metadata = values_of(configuration.all("stage.structured_metadata"), "values")
+    for line in real_lines:
+        found = {name: line.get(path or name) for name, path in read.values["expressions"].items()}
+        assert RFC3339_NANO.fullmatch(str(found[time.values["source"]]))
+        labelled = {name: found[name] for name in labels.values["values"] if found[name]}
+        told = {name: found[name] for name in metadata if found.get(name)}
+        if line["event"] == "request":
+            assert labelled == {"level": "info", "outcome": "success"}
+            assert told == {"request_id": "mine", "trace_id": TRACE}
+        else:
+            assert set(labelled) == {"level"}
+            assert told == {}
+    assert {"starting", "request", "stopped"} <= {line["event"] for line in real_lines}
 
 
 @pytest.mark.parametrize(

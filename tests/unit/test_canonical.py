@@ -17,8 +17,8 @@ from opentelemetry.sdk.trace.sampling import Decision, TraceIdRatioBased
 from docs import log_schema
 from docs.log_schema import EventLine
 from service.api.context import RequestContext
-from service.canonical import TROUBLE, RequestLine, RequestLog, kept
-from service.domain import Operation, Outcome, RequestRecord
+from service.canonical import RequestLine, RequestLog, kept
+from service.domain import FAULTS, Operation, Outcome, RequestRecord
 from service.ports import Trace
 from tests.log_lines import LINES, line_of
 from tests.running import ROOT
@@ -66,7 +66,7 @@ def sampling(keep: float, slow_seconds: float = 0.0) -> tuple[RequestLog, list[N
 @pytest.mark.parametrize("outcome", Outcome)
 def test_the_level_is_that_of_the_outcome(outcome: Outcome) -> None:
     (line,) = told(RequestLog(sampled=nothing), context(), outcome)
-    assert line["log_level"] == ("warning" if outcome in TROUBLE else "info")
+    assert line["log_level"] == ("warning" if outcome in FAULTS else "info")
 
 
 def test_a_status_of_500_is_trouble_whatever_else() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +23,17 @@ def test_every_setting_is_in_the_example_and_in_the_docs() -> None:
         assert re.search(rf"^#{name.upper()}=", example, re.MULTILINE)
         assert f"| `{name.upper()}` |" in page
         assert field.description
+
+
+def test_the_example_as_it_stands_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.delenv(name.upper(), raising=False)
+    lines = re.findall(r"^#([A-Z_]+=.+)$", (ROOT / ".env.example").read_text(), re.MULTILINE)
+    assert len(lines) > 50
+    monkeypatch.chdir(tmp_path)
+    defaults = Settings()
+    (tmp_path / ".env").write_text("\n".join(lines))
+    assert Settings() == defaults
 
 
 def test_the_readme_names_only_settings_that_exist() -> None:

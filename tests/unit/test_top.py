@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,15 +13,14 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from service.domain import Outcome
+from dashboards.queries import BAD, VALID
+from service.domain import CALLERS_FAULTS, FAULTS, Outcome
 from service.top import screen as pictures
 from service.top.figures import Series, added, buckets, increases, quantile, ratio
 from service.top.run import NobodyAnswers, top
 from service.top.scraping import Away, Round, metrics_url, read
 from service.top.screen import screen
 from service.top.watch import (
-    CALLERS,
-    FAILED,
     Budget,
     Circuit,
     Model,
@@ -199,8 +199,18 @@ def watched(*rounds: Mapping[str, Any], step: float = 10.0, window: float = 1_00
 
 
 def test_outcomes_are_told_apart_as_the_objectives_do() -> None:
-    assert FAILED | CALLERS | {"success"} == {outcome.value for outcome in Outcome}
-    assert not FAILED & CALLERS
+    assert FAULTS | CALLERS_FAULTS | {Outcome.SUCCESS} == set(Outcome)
+    assert not FAULTS & CALLERS_FAULTS
+    rules = (ROOT / "helm/weir/files/rules/slo.yaml").read_text()
+    told = re.findall(r'weir_requests_total\{(outcome[!=]~"[^"]+")', rules)
+    assert {split(text) for text in told} == {("=~", FAULTS), ("!~", CALLERS_FAULTS)}
+    assert [split(BAD), split(VALID)] == [("=~", FAULTS), ("!~", CALLERS_FAULTS)]
+
+
+def split(matcher: str) -> tuple[str, frozenset[str]]:
+    """The operator of a matcher of outcomes, and those that it names."""
+    operator, names = matcher.removeprefix("outcome").split('"')[:2]
+    return operator, frozenset(names.split("|"))
 
 
 def test_pods_are_summed() -> None:
@@ -217,6 +227,16 @@ def test_callers_faults_are_in_no_error_ratio() -> None:
         ("client_error", 9.0, 0.9),
         ("success", 0.6, 0.06),
     ]
+
+
+def test_quick_failures_make_no_answer_faster() -> None:
+    def took(error: str, seconds: str, count: int) -> str:
+        labels = f'error_type="{error}",le='
+        name = "gen_ai_server_request_duration_seconds_bucket"
+        return f'{name}{{{labels}"{seconds}"}} {count}\n{name}{{{labels}"+Inf"}} {count}\n'
+
+    after = read(BUILD + took("", "8.0", 2) + took("rate_limit_exceeded", "0.1", 98))
+    assert watched({"a": read(BUILD)}, {"a": after}).duration_seconds == Quantiles(p50=4.0, p95=7.6)
 
 
 def test_nothing_valid_is_no_error_ratio() -> None:

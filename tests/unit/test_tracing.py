@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -138,6 +139,23 @@ def test_service_resource_and_headers_are_as_set(collector: FakeCollector) -> No
     assert collector.headers[0]["x-scope"] == "1=2"
     assert collector.headers[0]["content-encoding"] == "deflate"
     assert collector.paths == ["/v1/traces"]
+
+
+@pytest.mark.parametrize(
+    ("values", "name"),
+    [
+        ({}, "weir"),
+        ({"otel_resource_attributes": "service.name=of-attributes"}, "of-attributes"),
+        ({"otel_resource_attributes": "service.name=of-attributes", "otel_service_name": "own"}, "own"),
+    ],
+)
+def test_the_services_name_is_the_settings_then_the_resources(
+    collector: FakeCollector, values: dict[str, Any], name: str
+) -> None:
+    tracing = tracing_to(collector, **values)
+    finish(begun(tracing))
+    tracing.close()
+    assert collector.spans[0].resource["service.name"] == name
 
 
 def test_the_traces_own_endpoint_goes_before_the_common_one(collector: FakeCollector) -> None:
@@ -287,7 +305,12 @@ def test_the_sdk_reads_nothing_behind_our_back_that_the_docs_do_not_name() -> No
     read = set(done.stdout.split())
     assert read, "the spy saw nothing"
     assert read - {name.upper() for name in Settings.model_fields} <= READ_BY_THE_SDK
-    told = (ROOT / "docs/tracing.md").read_text()
+    told, _, not_read = (ROOT / "docs/tracing.md").read_text().partition("These are not read")
+    named = set(re.findall(r"`(OTEL_\w+)`", not_read))
+    assert named
+    assert named & (read | READ_BY_THE_SDK | {name.upper() for name in Settings.model_fields}) == {
+        "OTEL_EXPORTER_OTLP_TIMEOUT"  # which holds in place of others
+    }
     assert [name for name in READ_BY_THE_SDK if f"`{name}`" not in told] == []
 
 
