@@ -104,7 +104,8 @@ _FIRST = [
         f"{MONTH} or 0 * {_HOURLY}",
         Words(
             "What was spent since the calendar month began (UTC), full hours. All models and tenants: it "
-            "comes from a recorded rate.",
+            "comes from a recorded rate. Where Prometheus keeps less than 32 days, the month's first days "
+            "are missing.",
             "in proportion to the day of the month.",
             "the forecast beside says where it leads.",
             RECORDED,
@@ -118,7 +119,8 @@ _FIRST = [
         FORECAST,
         Words(
             "What this calendar month (UTC) will have cost at its end: what is spent, and the rest at the "
-            "mean pace of the last 24 hours. All models and tenants.",
+            "mean pace of the last 24 hours. All models and tenants. Where Prometheus keeps less than 32 "
+            "days, the month's first days are missing in it.",
             "within what you planned.",
             "budgets bound it: docs/limits.md. A single day's peak also lifts it: look again tomorrow.",
             RECORDED,

@@ -59,7 +59,7 @@ def waterfall(window: str) -> list[tuple[str, str]]:
         (ratio(queue, requests), "1 queue"),
         (ratio(overhead, requests), "2 Weir's overhead"),
         (ratio(first, requests), "3 upstream, to its first piece"),
-        (ratio(rest, requests), "4 generation"),
+        (ratio(rest, requests), "4 generation, failed attempts"),
     ]
 
 
@@ -186,12 +186,14 @@ _WATERFALL = [
         waterfall(RANGE),
         Words(
             "Where the mean request's time went, over the time shown, from top to bottom: waiting for a "
-            "place, Weir itself, the upstream until the first piece of a stream, and generation. The parts "
-            "add up to the mean duration. Answers that are not streamed are generation as a whole. All "
-            "providers and models: the queue and Weir itself know none.",
+            "place, Weir itself, the upstream until the first piece of a stream, and the rest: generation, "
+            "attempts that failed, and pauses before the next one. The parts add up to the mean duration. "
+            "Answers that are not streamed are in the last part as a whole. All providers and models: the "
+            "queue and Weir itself know none.",
             "generation takes most, then the upstream; queue and overhead are hardly seen.",
-            "queue: Pods, places are taken. Overhead: Pods, the loop's lag. Upstream: Upstreams, retries "
-            "and the provider. Generation: longer answers, or a slower model.",
+            "queue: Pods, places are taken. Overhead: Pods, the loop's lag. First piece: Upstreams, the "
+            "provider. The last part: Upstreams first, failed attempts by error, retry amplification; where "
+            "nothing fails, it is longer answers, or a slower model.",
             "No requests in this time.",
             "No requests",
         ),
@@ -215,7 +217,7 @@ _WATERFALL = [
             ("1 queue", "purple"),
             ("2 Weir's overhead", "red"),
             ("3 upstream, to its first piece", "orange"),
-            ("4 generation", "green"),
+            ("4 generation, failed attempts", "green"),
         ),
     ),
 ]

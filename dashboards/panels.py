@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple
 
+from dashboards.queries import unseen
+
 Kind = Literal["stat", "timeseries", "heatmap", "table", "bargauge", "state-timeline", "logs"]
 Source = Literal["prometheus", "loki"]
 
@@ -136,7 +138,19 @@ class Panel:
             parts.insert(2, f"**Colours:** {self.thresholds.reason}")
         if self.short:
             parts.append(f"**No data:** {self.empty}")
+        parts += self._unseen()
         return "\n\n".join(parts)
+
+    def _unseen(self) -> list[str]:
+        found = {what for target in self.targets for what in unseen(target.expr)}
+        if not found:
+            return []
+        text = (
+            "**Not seen:** a pod's first {} of each set of labels, which come together with their series; "
+            "sums are lower bounds."
+        ).format(" and ".join(sorted(found)))
+        books = " The books are at `/api/v1/usage`." if found & {"dollars", "tokens"} else ""
+        return [text + books]
 
 
 class Words(NamedTuple):

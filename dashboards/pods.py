@@ -63,6 +63,8 @@ READY: Final = (
     + elsewhere("kube_pod_container_info", CONTAINER)
     + ")"
 )
+# Those in flight wait or run; places are taken by those that run.
+_RUNNING: Final = f"({total(select('weir_inflight_requests'))} - {total(select('weir_queue_requests'))})"
 _REPLICAS: Final = "kube_horizontalpodautoscaler_"
 
 _FIRST = [
@@ -86,7 +88,7 @@ _FIRST = [
     ),
     stat(
         "Places taken",
-        ratio(total(select("weir_inflight_requests")), total(select("weir_concurrency_limit"))),
+        ratio(_RUNNING, total(select("weir_concurrency_limit"))),
         Words(
             "Requests to models that run now, of those that may run at a time, over all pods.",
             "below 75 %.",
@@ -203,7 +205,7 @@ _LOAD = [
     timeseries(
         "Requests that run, and places",
         [
-            (total(select("weir_inflight_requests")), "running"),
+            (_RUNNING, "running"),
             (total(select("weir_queue_requests")), "waiting"),
             (total(select("weir_concurrency_limit")), "places"),
         ],
@@ -261,10 +263,10 @@ _OVERLOAD = [
         thresholds=above(0.5, reason="the line is 0.5 s: half of what the queue allows by default."),
     ),
     timeseries(
-        "Requests that run, by pod",
+        "Requests in flight, by pod",
         [(total(select("weir_inflight_requests"), *POD), OF_POD)],
         Words(
-            "Requests to models that run now in each pod.",
+            "Requests to models that run, or wait for a place, in each pod.",
             "about the same in all.",
             "one pod has most: callers keep few connections open for long. docs/ingress.md.",
             NO_POD,

@@ -34,6 +34,16 @@ _LABELS: Final = {
 }
 """Of our own metrics, the labels that a variable chooses from; those of GenAI all have the same two."""
 
+_LATE: Final = (
+    (re.compile(r"weir_cost_usd_total|weir:cost_usd:|weir_cache_saved_usd_total"), "dollars"),
+    (re.compile(r"usage_\w+_tokens_total"), "tokens"),
+    (re.compile(r"weir_unpriced_requests_total"), "requests"),
+    (re.compile(r"weir_upstream_attempts_total"), "attempts"),
+)
+"""Counters whose series begin with their first value, not at 0: no rate sees it."""
+_ZERO: Final = re.compile(r"0 \* sum\((?:rate|increase)\(\w+")
+"""What stands there only to be 0."""
+
 BAD: Final = 'outcome=~"upstream_error|timeout|stream_truncated|overloaded|internal_error"'
 """Requests that failed their user: docs/slo.md."""
 VALID: Final = 'outcome!~"client_error|rate_limited|budget_rejected|client_disconnected"'
@@ -148,6 +158,12 @@ def burn(objective: str, window: str) -> str:
     """How many times faster than allowed the error budget is spent; of several installations the fastest."""
     bad = select(f"weir:{objective}:error_ratio_rate{window}")
     return f"max({bad} / (1 - {select(f'weir:{objective}:objective')}))"
+
+
+def unseen(query: str) -> tuple[str, ...]:
+    """What of it is not all seen, because its series begin with their first value."""
+    counted = _ZERO.sub("", query)
+    return tuple(what for pattern, what in _LATE if pattern.search(counted))
 
 
 def logs(*stages: str) -> str:

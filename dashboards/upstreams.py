@@ -40,7 +40,8 @@ from dashboards.queries import (
 )
 
 TRIED: Final = "weir_upstream_attempts_total"
-FAILED: Final = 'outcome=~"upstream_error|timeout|internal_error"'
+FAILED: Final = 'outcome!~"success|client_error|client_disconnected"'
+"""As the alert WeirUpstreamDown has it: a refusal for a limit too is no answer."""
 COUNTED: Final = 'outcome!~"client_error|client_disconnected"'
 """What says something of the upstream: neither a wrong question nor a caller who left."""
 LIMITED: Final = 'outcome="rate_limited"'
@@ -66,8 +67,8 @@ _FIRST = [
         "Good attempts",
         f"1 - {share(increase(TRIED, FAILED), increase(TRIED, COUNTED))}",
         Words(
-            "The share of attempts that did not fail by the upstream's fault, over the time shown. Weir "
-            "hides many failures by trying again, so callers see fewer.",
+            "The share of attempts that did not fail at the upstream, over the time shown; a 429 is one "
+            "that did. Weir hides many by trying again. The alert WeirUpstreamDown counts alike.",
             "99 % and more.",
             "find the upstream in the table below, and its kind of failure beside it.",
             "No upstream was asked in this time.",
@@ -177,10 +178,10 @@ _COURSE = [
         "Failed attempts by upstream",
         [(rate(TRIED, FAILED, by=("upstream", "outcome")), "{{upstream}} {{outcome}}")],
         Words(
-            "Attempts a second that failed by the upstream's fault, by upstream and kind.",
+            "Attempts a second that failed at the upstream, by upstream and kind.",
             "none.",
-            "upstream_error: its status page, and its key; timeout: Latency. A stream that breaks after its "
-            "first event is a good attempt here: Overview counts those.",
+            "upstream_error: its status page, and its key; timeout: Latency; rate_limited: more keys. "
+            "A stream that breaks after its first event is a good attempt here: Overview counts those.",
             "No attempt failed yet: good.",
         ),
         unit=REQUESTS_PER_SECOND,
@@ -234,7 +235,7 @@ _SHARES = [
             )
         ],
         Words(
-            "The share of attempts at each upstream that did not fail by its fault.",
+            "The share of attempts at each upstream that did not fail there; a 429 is a failure.",
             "99 % and more.",
             "one alone: its provider. All at once: this cluster's network or name service.",
             NO_ATTEMPT,
@@ -393,8 +394,8 @@ _NAMES = [
         ],
         [("upstream", "Upstream"), ("gen_ai_request_model", "Model")],
         Words(
-            "Each model at each upstream, over the time shown: attempts, and the shares that failed by its "
-            "fault, that were given up as late, and that it refused for its limit.",
+            "Each model at each upstream, over the time shown: attempts, and the share that failed there; of "
+            "all attempts, those given up as late and those refused for a limit, which are among the failed.",
             "Failed below 1 %.",
             "the line with the highest share names the place; docs/resilience.md has what callers see of "
             "each fault.",

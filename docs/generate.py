@@ -10,15 +10,21 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry
+from prometheus_client.metrics import MetricWrapperBase
 
 from docs import alerts, log_schema, values_schema
 from service.config import Settings
+from service.domain import AttemptKind, Outcome
 from service.errors import catalogue
+from service.overload import Priority, Shed
+from service.routing.breaker import Circuit
 from service.telemetry import Metrics
-from service.worker.metrics import SinkMetrics
+from service.telemetry.recorder import SHARED_FEATURES
+from service.worker.metrics import RESULTS, WHERES, SinkMetrics
 
 ROOT = Path(__file__).resolve().parent.parent
 CHART = ROOT / "helm/weir"
@@ -49,6 +55,37 @@ def metrics() -> str:
     return _families(registry)
 
 
+def label_values() -> str:
+    """Of the labels whose values are of a list that the code has, by the metrics that have them."""
+    registry = CollectorRegistry()
+    Metrics(registry, "0")
+    begun = {family.name: [s.labels for s in family.samples] for family in registry.collect()}
+    lists: dict[tuple[str, str], Iterable[str]] = {
+        ("kind", "weir_upstream_attempts"): AttemptKind,
+        ("outcome", "weir_requests"): Outcome,
+        ("reason", "weir_shed"): Shed,
+        ("priority", "weir_shed"): [priority.name.lower() for priority in Priority],
+        ("state", "weir_circuit_state"): Circuit,
+        ("feature", "weir_degraded"): SHARED_FEATURES,
+        ("result", "weir_sink_records"): RESULTS,
+        ("where", "weir_sink_errors"): WHERES,
+    }
+    for label, name in (
+        ("reason", "weir_wasted_cost_usd"),
+        ("result", "weir_cache_requests"),
+        ("result", "weir_hedges"),
+        ("result", "weir_config_reloads"),
+        ("signal", "weir_telemetry_dropped"),
+    ):
+        lists[label, name] = dict.fromkeys(labels[label] for labels in begun[name])
+    names = _labels(registry)
+    rows = ["| label | of | values |", "|---|---|---|"]
+    for (label, name), values in sorted(lists.items(), key=lambda row: row[0]):
+        shown = name if name in names else f"{name}_total"
+        rows.append(f"| `{label}` | `{shown}` | {', '.join(f'`{value}`' for value in values)} |")
+    return "\n".join(rows)
+
+
 def worker_metrics() -> str:
     registry = CollectorRegistry()
     SinkMetrics(registry)
@@ -56,13 +93,26 @@ def worker_metrics() -> str:
 
 
 def _families(registry: CollectorRegistry) -> str:
-    rows = ["| metric | type | what it counts |", "|---|---|---|"]
+    labels = _labels(registry)
+    rows = ["| metric | type | labels | what it counts |", "|---|---|---|---|"]
     for family in sorted(registry.collect(), key=lambda f: f.name):
         if family.name.startswith("process_"):
             continue  # prometheus-client's own, and only on Linux
         name = family.name + ("_total" if family.type == "counter" else "")
-        rows.append(f"| `{name}` | {family.type} | {family.documentation} |")
+        told = ", ".join(f"`{label}`" for label in labels[name]) or "-"
+        rows.append(f"| `{name}` | {family.type} | {told} | {family.documentation} |")
     return "\n".join(rows)
+
+
+def _labels(registry: CollectorRegistry) -> dict[str, tuple[str, ...]]:
+    """Of each metric, by its name; a histogram's buckets have `le` beside."""
+    found = {}
+    for metric in registry._collector_to_names:  # noqa: SLF001  # there is no other way to know them
+        if isinstance(metric, MetricWrapperBase):
+            (about,) = metric.describe()
+            name = about.name + ("_total" if about.type == "counter" else "")
+            found[name] = tuple(metric._labelnames)  # noqa: SLF001  # as above
+    return found
 
 
 def example() -> str:
@@ -77,6 +127,7 @@ TABLES = {
     "settings": settings,
     "errors": errors,
     "metrics": metrics,
+    "label_values": label_values,
     "worker_metrics": worker_metrics,
     "log_request_fields": log_schema.request_fields,
     "log_event_fields": log_schema.event_fields,

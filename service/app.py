@@ -57,6 +57,7 @@ from service.ports import (
     UsageBook,
 )
 from service.pricing import checked_at
+from service.routing.breaker import Circuit
 from service.routing.catalogue import Conditions
 from service.routing.probing import Prober
 from service.routing.sharing import CircuitSharing
@@ -306,7 +307,7 @@ def _join(
         wait_seconds=settings.max_queue_seconds,
         on_shed=metrics.shed,
     )
-    conditions = Conditions(metrics.circuit)
+    conditions = Conditions(metrics.circuit, metrics.forget_circuit)
     answers = AnswerCache(
         adapters.cache,
         Flights(adapters.locks),
@@ -513,6 +514,10 @@ def _watched(weir: Weir) -> dict[str, tuple[Upstream, str]]:
 def _tell(weir: Weir, loop_lag_seconds: float) -> None:
     """What is told at each heartbeat."""
     weir.metrics.beat(loop_lag_seconds, waiting=weir.gate.waiting, places=weir.gate.limit)
+    for (upstream, model), condition in weir.conditions.items():
+        # Nothing happens when a pause is over, until a call comes.
+        if condition.breaker.state is Circuit.OPEN:
+            weir.metrics.show_circuit(upstream, model, condition.breaker.shown)
     dropped = weir.log.take_dropped()
     if dropped:
         weir.metrics.telemetry_dropped("logs", dropped)

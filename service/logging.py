@@ -11,7 +11,6 @@ import atexit
 import logging
 import mmap
 import os
-import re
 import struct
 import sys
 import tempfile
@@ -29,6 +28,8 @@ from typing import IO, Any, BinaryIO, Final, Literal, NamedTuple, TypeAlias
 import msgspec
 import structlog
 from structlog.typing import EventDict, ExcInfo, Processor, WrappedLogger
+
+from service.credentials import CREDENTIAL
 
 Level: TypeAlias = Literal["debug", "info", "warning", "error", "critical"]
 
@@ -59,10 +60,6 @@ _UNWRITABLE: Final = (TypeError, ValueError, RecursionError)
 _NUMBERS: Final = logging.getLevelNamesMapping()
 _QUIET: Final = ("uvicorn.error", "uvicorn.access", "httpx2", "httpcore2", "openai", "asyncio")
 """What they say below a warning, our own events say better."""
-_SECRET: Final = re.compile(
-    r"\bsk-[A-Za-z0-9_*-]{5,}|\bBearer\s+[^\s'\",]+|(?<=://)[^/\s@]*:[^/\s@]*(?=@)", re.IGNORECASE
-)
-"""A key, a credential, the user and password of an address."""
 
 
 class _BoundLogger(structlog.make_filtering_bound_logger(logging.INFO)):  # type: ignore[misc]
@@ -352,7 +349,13 @@ def _described(error: BaseException) -> tuple[str, str, list[Frame]]:
         Frame(frame.filename, frame.lineno or 0, frame.name)
         for frame in traceback.extract_tb(error.__traceback__)[-MOST_FRAMES:]
     ]
-    return name, _SECRET.sub("***", words)[:MOST_LETTERS], frames
+    # Cut before too: some quote all that they were given. What is beyond may begin inside a key.
+    return name, _clean(words[: 2 * MOST_LETTERS])[:MOST_LETTERS], frames
+
+
+def _clean(words: str) -> str:
+    """Words that are not our own, without keys and credentials."""
+    return CREDENTIAL.sub("***", words)
 
 
 def _of_exc_info(exc_info: ExcInfo) -> ExceptionInfo:
@@ -369,7 +372,7 @@ class _Handler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            told: Any = {"event": record.getMessage(), "logger": record.name}
+            told: Any = {"event": _clean(record.getMessage()), "logger": record.name}
             if record.exc_info:
                 told["exc_info"] = record.exc_info
             if record.stack_info:
@@ -389,7 +392,7 @@ def _bridge(lines: BufferedLines | None, shared: list[Processor], render: list[P
         handler = logging.StreamHandler(sys.stdout)
         handler.setFormatter(
             structlog.stdlib.ProcessorFormatter(
-                foreign_pre_chain=[structlog.stdlib.add_logger_name, *shared],
+                foreign_pre_chain=[structlog.stdlib.add_logger_name, _clean_event, *shared],
                 processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *render],
             )
         )
@@ -416,7 +419,11 @@ def _take_over() -> None:
         line: str | None = None,
     ) -> None:
         log.warning(
-            "python_warning", category=category.__name__, message=str(message), file=filename, line=lineno
+            "python_warning",
+            category=category.__name__,
+            message=_clean(str(message)),
+            file=filename,
+            line=lineno,
         )
 
     def uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -436,6 +443,11 @@ def _take_over() -> None:
     sys.excepthook = uncaught
     threading.excepthook = in_thread
     sys.unraisablehook = unraisable
+
+
+def _clean_event(logger: WrappedLogger, name: str, event: EventDict) -> EventDict:
+    event["event"] = _clean(str(event["event"]))
+    return event
 
 
 def _add_level(logger: WrappedLogger, name: str, event: EventDict) -> EventDict:

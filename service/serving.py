@@ -134,9 +134,13 @@ class Serving:
         # In a thread: loading the SDK and certificates takes as long as many requests.
         clients = await asyncio.to_thread(_clients, configuration, before.clients)
         others = [name for name, client in before.clients.items() if clients.get(name) is not client]
-        with self._shared.conditions.forgetting(others):
-            snapshot = self._snapshot(configuration, clients, before.service)
+        shared = self._shared
+        with shared.conditions.forgetting(others):
+            upstreams = {name: client.upstream for name, client in clients.items()}
+            catalogue = make_catalogue(configuration, upstreams, shared.conditions, shared.cache)
+            snapshot = self._snapshot(configuration, clients, catalogue, before.service)
         self._swap(snapshot)
+        catalogue.forget_others()
 
     async def close(self) -> None:
         """Close all clients, once no request runs."""
@@ -146,11 +150,13 @@ class Serving:
             await asyncio.wait(self._closing)
 
     def _snapshot(
-        self, configuration: Configuration, clients: Mapping[str, Client], service: ChatService
+        self,
+        configuration: Configuration,
+        clients: Mapping[str, Client],
+        catalogue: ModelCatalogue,
+        service: ChatService,
     ) -> Snapshot:
         shared = self._shared
-        upstreams = {name: client.upstream for name, client in clients.items()}
-        catalogue = make_catalogue(configuration, upstreams, shared.conditions, shared.cache)
         prices = price_table(configuration)
         renewed = service.under(
             catalogue=catalogue,

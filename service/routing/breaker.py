@@ -90,6 +90,12 @@ class Breaker:
         return self._clock() + seconds >= self._open_until and not self._probing
 
     @property
+    def shown(self) -> Circuit:
+        """The state as people see it: past its pause it waits for a call and turns nobody away."""
+        past = self.state is Circuit.OPEN and self._clock() >= self._open_until
+        return Circuit.HALF_OPEN if past else self.state
+
+    @property
     def open_seconds(self) -> float:
         """Until the next call may be tried; 0 when one may now."""
         return 0.0 if self.admits else max(self._open_until - self._clock(), 0.0)

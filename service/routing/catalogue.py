@@ -27,14 +27,20 @@ _CLEAN_NAME: Final = re.compile(r"[\x21-\x7e]{1,200}")
 
 Lister = Callable[[str], Awaitable[Sequence[dict[str, Any]]]]
 OnChange = Callable[[str, str, Circuit], None]
+OnForget = Callable[[str, str], None]
 
 
 class Conditions:
     """How all places fare: it outlives the configuration, so that a reload forgets no open circuit."""
 
-    def __init__(self, on_change: OnChange = lambda _upstream, _model, _state: None) -> None:
+    def __init__(
+        self,
+        on_change: OnChange = lambda _upstream, _model, _state: None,
+        on_forget: OnForget = lambda _upstream, _model: None,
+    ) -> None:
         self.on_change = on_change
         """Hears the upstream, the model there and the new state of each circuit that changes."""
+        self._on_forget = on_forget
         self._peers: dict[str, Peer] = {}
         self._configured: dict[tuple[str, str], Condition] = {}
         self._made_up: OrderedDict[tuple[str, str], Condition] = OrderedDict()
@@ -60,8 +66,7 @@ class Conditions:
             return known
         self._made_up[key] = known
         if len(self._made_up) > self.most_made_up:
-            _, oldest = self._made_up.popitem(last=False)
-            _retire(oldest)
+            self._retire(*self._made_up.popitem(last=False))
         return known
 
     def used(self, places: Sequence[Place]) -> None:
@@ -93,7 +98,26 @@ class Conditions:
         for known in before:
             for key, condition in known.items():
                 if key[0] in upstreams:
-                    _retire(condition)
+                    self._retire(key, condition)
+
+    def keep(self, named: Collection[tuple[str, str]], may_be: Callable[[str, str], bool]) -> None:
+        """Forget the places that are neither named by the configuration of now nor may be made up by it."""
+        for key, condition in self.items():
+            if key in named:
+                continue
+            made_up = self._configured.pop(key, None) is None
+            if not may_be(*key):
+                self._made_up.pop(key, None)
+                self._retire(key, condition)
+            elif not made_up:
+                self._made_up[key] = condition
+
+    def _retire(self, key: tuple[str, str], condition: Condition) -> None:
+        """Nobody asks for it any more: who heard that its circuit is open hears that it is not."""
+        condition.breaker.close()
+        condition.breaker.mute()
+        if self.find(*key) is None:
+            self._on_forget(*key)
 
     def items(self) -> Sequence[tuple[tuple[str, str], Condition]]:
         """Upstream and model there, and how they fare."""
@@ -152,6 +176,27 @@ class ModelCatalogue:
         if len(self._made_up) > MOST_MADE_UP:
             self._made_up.popitem(last=False)
         return route
+
+    def forget_others(self) -> None:
+        """How places fare that this configuration does not have: they are of one before it."""
+        named = {
+            (place.condition.peer.name, place.target.model)
+            for route in self._routes.values()
+            for place in route.places
+        } | {
+            (p.upstream, p.model) for pattern in self._patterns for p in pattern.places if p.model is not None
+        }
+        self._conditions.keep(named, self._may_make_up)
+
+    def _may_make_up(self, upstream: str, model: str) -> bool:
+        """Whether a name that a caller makes up may go to that model there."""
+        if not self._routes and not self._patterns:
+            return upstream == self._first
+        return any(
+            place.upstream == upstream and place.model is None and matches((pattern.name,), model)
+            for pattern in self._patterns
+            for place in pattern.places
+        )
 
     def check(self, principal: Principal, model: str) -> None:
         """Raises ModelNotFound for a model that the principal's key may not use: to it there is none."""
@@ -235,12 +280,6 @@ class ModelCatalogue:
         made_up = made_up and place.model is None
         condition = self._conditions.of(self._peers[place.upstream], target.model, made_up=made_up)
         return Place(target, condition, place.weight)
-
-
-def _retire(condition: Condition) -> None:
-    """Nobody asks for it any more: who heard that its circuit is open hears that it is not."""
-    condition.breaker.close()
-    condition.breaker.mute()
 
 
 def matches(patterns: tuple[str, ...], name: str) -> bool:

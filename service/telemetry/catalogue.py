@@ -233,7 +233,9 @@ class Catalogue:
 
     def _make_process(self, version: str) -> None:
         self.inflight = self._plain_gauge(
-            "weir_inflight_requests", "Requests to models that run now, as of the last heartbeat.", "livesum"
+            "weir_inflight_requests",
+            "Requests to models that run or wait for a place, as of the last heartbeat.",
+            "livesum",
         )
         self.waiting = self._plain_gauge(
             "weir_queue_requests",

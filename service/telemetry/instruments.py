@@ -44,7 +44,7 @@ class Family(Metric):
 
 
 class Instrument(prometheus_client.metrics.MetricWrapperBase):
-    """What the three have in common. Label values once seen stay for the life of the process."""
+    """What the three have in common. Label values once seen stay until they are forgotten."""
 
     _heads: tuple[str, ...] = ()
     _labelnames: tuple[str, ...]
@@ -73,6 +73,11 @@ class Instrument(prometheus_client.metrics.MetricWrapperBase):
             return [cast("_Series", self)]
         with self._lock:
             return cast("list[_Series]", list(self._metrics.values()))
+
+    def forget(self, values: tuple[str, ...]) -> None:
+        """As the library's `remove`, which warns where worker processes share files: there they stay."""
+        with self._lock:
+            self._metrics.pop(values, None)
 
     def _head(self, suffix: str, **more: str) -> str:
         """A line up to its value."""

@@ -58,6 +58,10 @@ class Room:
         self._used += series
         return True
 
+    def give(self, series: int) -> None:
+        """Give back what was taken."""
+        self._used -= series
+
 
 class Bounded:
     """A metric, or a part of one, whose series are bounded.
@@ -95,6 +99,15 @@ class Bounded:
             if self._room.take(self._metric.size, folded=True):
                 return self._make(values)
         return self._make(values) if self._folds else None
+
+    def forget(self, labels: Labels) -> None:
+        """Of these labels there will be no more; who has the child has it in vain."""
+        values = tuple(labels[name] for name in self._names)
+        child = self._children.pop(values, None)
+        if child is not None:
+            child.set(0)  # the file that worker processes share keeps it
+            self._metric.forget(values)
+            self._room.give(self._metric.size)
 
     def _make(self, values: tuple[str, ...]) -> Any:
         child = self._children[values] = self._metric.labels(*values)

@@ -337,9 +337,15 @@ class Metrics:
     def circuit(self, upstream: str, model: str, state: Circuit) -> None:
         """The circuit of a model at an upstream changed."""
         log.warning("circuit_changed", upstream=upstream, model=model, state=state.value)
+        self.show_circuit(upstream, model, state)
+
+    def show_circuit(self, upstream: str, model: str, state: Circuit) -> None:
+        """It is in this state just now, whether or not it changed."""
         # Its label stays while it is not closed, though meanwhile the model's name may have been admitted.
         label = self._circuit_labels.setdefault((upstream, model), self._models.of(model, admit=False))
         together = self._circuit_states.setdefault((upstream, label), {})
+        if together.get(model) is state:
+            return
         if state is Circuit.CLOSED:
             del self._circuit_labels[(upstream, model)]
             together.pop(model, None)
@@ -347,10 +353,18 @@ class Metrics:
             together[model] = state
         states = set(together.values()) or {Circuit.CLOSED}
         for known in Circuit:
-            labels = {"upstream": upstream, "model": label, "state": known.value}
-            child = self._all.circuits.child(labels, set())
+            child = self._all.circuits.child(_of_circuit(upstream, label, known), set())
             if child is not None:
                 child.set(1 if known in states else 0)
+
+    def forget_circuit(self, upstream: str, model: str) -> None:
+        """That model there is in use no more. Its circuit is closed by now."""
+        label = self._models.of(model, admit=False)
+        if self._circuit_states.get((upstream, label)) != {}:
+            return  # never open, or another one's of the same label is
+        del self._circuit_states[(upstream, label)]
+        for known in Circuit:
+            self._all.circuits.forget(_of_circuit(upstream, label, known))
 
     def shed(self, reason: Shed, priority: Priority) -> None:
         """A request was turned away for want of a place."""
@@ -398,6 +412,10 @@ def _overflowed(labels: Mapping[str, str]) -> list[str]:
 
 def _error_type(code: str) -> str:
     return code if code in ERROR_TYPES else OTHER
+
+
+def _of_circuit(upstream: str, model: str, state: Circuit) -> dict[str, str]:
+    return {"upstream": upstream, "model": model, "state": state.value}
 
 
 def _exemplar(record: RequestRecord) -> dict[str, str] | None:

@@ -103,8 +103,8 @@ def _figures(report: Report) -> RenderableType:
         ("cost", dollars(report.usd_per_hour), ""),
         ("cache hits", share(report.cache_hit_ratio), ""),
         (
-            "in flight (queued)",
-            f"{report.inflight:.0f}{places} ({report.queued:.0f})",
+            "running (queued)",
+            f"{report.running:.0f}{places} ({report.queued:.0f})",
             "yellow" if report.queued else "",
         ),
     )

@@ -82,7 +82,8 @@ class Report(msgspec.Struct, frozen=True):
     usd_per_hour: float
     unpriced_per_second: float
     cache_hit_ratio: float | None
-    inflight: float
+    running: float
+    """Those that have a place, without the queued ones."""
     queued: float
     places: float
     loop_lag_seconds: float
@@ -151,7 +152,7 @@ class Watch:
             usd_per_hour=rate(names.COST) * 3600,
             unpriced_per_second=rate(names.UNPRICED),
             cache_hit_ratio=figures.ratio(hits, hits + misses),
-            inflight=figures.total(now, names.INFLIGHT),
+            running=max(figures.total(now, names.INFLIGHT) - figures.total(now, names.QUEUE), 0.0),
             queued=figures.total(now, names.QUEUE),
             places=figures.total(now, names.PLACES),
             loop_lag_seconds=max((figures.total(pod, names.LAG) for pod in pods), default=0.0),

@@ -306,6 +306,22 @@ def test_open_circuits_are_kept_but_not_for_another_address(
     assert one.weir.metric("weir_circuit_state", upstream="one", model="m", state="open") == 0
 
 
+def test_the_circuit_of_a_model_that_left_the_configuration_is_shown_no_more(
+    upstream: FakeUpstream, make: Make
+) -> None:
+    one = make(upstreams=[place(upstream)], models=[model(), model("n")])
+    breaker = one.weir.parts.serving.now.service.catalogue.resolve("n").places[0].condition.breaker
+
+    def state(of: str) -> float | None:
+        labels = {"upstream": "one", "model": of, "state": "open"}
+        return one.weir.registry.get_sample_value("weir_circuit_state", labels)
+
+    one.weir.in_loop(lambda: breaker.open_for(600))
+    assert state("n") == 1
+    one.write(upstreams=[place(upstream)], models=[model()])
+    assert state("n") is None, "gone, and not closed"
+
+
 def test_a_request_is_served_by_the_configuration_that_let_it_in(
     upstream: FakeUpstream, other: FakeUpstream, make: Make
 ) -> None:

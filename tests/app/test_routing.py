@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -301,6 +302,9 @@ def test_a_circuit_that_opens_is_left_alone_and_closes_again(one: FakeUpstream, 
         assert ask(weir).status_code == 200
         assert (len(one.calls), weir.records(6)[-1].attempts) == (5, 1)
         until(lambda: tested.admits, "the pause does not end")
+        shown = partial(weir.metric, "weir_circuit_state", **labels)
+        until(lambda: shown(state="half_open") == 1 and shown(state="open") == 0, "still shown as open")
+        assert tested.state is Circuit.OPEN, "nobody has called"
         assert ask(weir).status_code == 200
         assert (len(one.calls), len(two.calls)) == (6, 6)
         assert weir.metric("weir_circuit_state", **labels, state="open") == 0

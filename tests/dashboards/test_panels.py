@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import replace
 from itertools import combinations
@@ -23,8 +24,10 @@ from dashboards.panels import (
     Words,
     timeseries,
 )
-from dashboards.queries import fill
+from dashboards.queries import fill, rate
+from dashboards.upstreams import COUNTED, FAILED
 from tests.dashboards.lint import VARIABLES, complaints
+from tests.programs import ROOT
 
 PANELS = [pytest.param(panel, id=f"{panel.dashboard}: {panel.title}") for panel in panels()]
 WORDS = Words("What it is.", "Good.", "Do this.", "Nothing yet.")
@@ -43,6 +46,23 @@ PLACE = 'cluster=~"$cluster",namespace=~"$namespace"'
 GOOD = one(f"sum(rate(weir_requests_total{{{PLACE}}}[$__rate_interval]))", REQUESTS_PER_SECOND)
 TTFT = f"gen_ai_server_time_to_first_token_seconds_bucket{{{PLACE}}}[$__rate_interval]"
 TOKENS = "gen_ai_client_inference_usage_"
+
+
+def test_a_panel_says_what_no_rate_sees() -> None:
+    cost = replace(GOOD, targets=(Target(f"{rate('weir_cost_usd_total')} * 3600"),))
+    tried = replace(GOOD, targets=(Target(rate("weir_upstream_attempts_total")),))
+    zero = replace(GOOD, targets=(Target(f"sum(up) or 0 * {rate('weir_upstream_attempts_total')}"),))
+    assert "a pod's first dollars" in cost.description
+    assert "/api/v1/usage" in cost.description
+    assert "a pod's first attempts" in tried.description
+    assert "/api/v1/usage" not in tried.description
+    assert "Not seen" not in GOOD.description + zero.description
+
+
+def test_failed_attempts_are_those_of_the_alert() -> None:
+    rules = (ROOT / "helm/weir/files/rules/alerts.yaml").read_text()
+    (alert,) = re.findall(r"alert: WeirUpstreamDown\n(.*?) for:", rules, re.DOTALL)
+    assert set(re.findall(r"outcome[^}]+", alert)) == {FAILED, COUNTED}
 
 
 def test_the_panel_that_the_bad_ones_are_made_of_is_good() -> None:

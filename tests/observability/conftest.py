@@ -14,7 +14,7 @@ from tests.programs import need
 pytest.register_assert_rewrite("tests.observability.checks")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")  # with it ends a Prometheus that has much to do
 def traffic_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     for program in ("prometheus", "promtool", "redis-server", "initdb"):
         need(program)

@@ -21,6 +21,7 @@ from tests.running import free_port
 FILE = ROOT / "deploy/compose/alertmanager/alertmanager.yml"
 CONFIG: dict[str, Any] = yaml.safe_load(FILE.read_text())
 INSTALLATION = {"cluster": "c", "namespace": "apps", "job": "weir", "upstream": "u"}
+OF_KUBERNETES = ("WeirNoPodReady", "WeirPodsNotReady")
 
 
 def amtool(*arguments: str) -> str:
@@ -53,7 +54,8 @@ def test_alerts_of_one_installation_come_together() -> None:
 
 def labels(name: str, **others: str) -> dict[str, str]:
     own: dict[str, str] = ALERTS[name]["labels"]
-    return INSTALLATION | own | {"alertname": name} | others
+    place = {"cluster": "c", "namespace": "apps"} if name in OF_KUBERNETES else INSTALLATION
+    return place | own | {"alertname": name} | others
 
 
 class Alertmanager:
@@ -112,9 +114,9 @@ def alertmanager(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Alertmana
     ("source", "target"),
     [
         *[(f"Weir{slo}BurnFast", f"Weir{slo}BurnSlow") for slo in ("Availability", "Ttft", "Streams")],
-        ("WeirUpstreamDown", "WeirStreamsBurnSlow"),
+        ("WeirUpstreamDown", "WeirAvailabilityBurnSlow"),
         ("WeirPodsNotReady", "WeirAvailabilityBurnSlow"),
-        ("WeirNoPodReady", "WeirTtftBurnSlow"),
+        ("WeirNoPodReady", "WeirAvailabilityBurnSlow"),
         ("WeirUpstreamDown", "WeirCircuitOpen"),
         ("WeirNoPodReady", "WeirPodsNotReady"),
         ("WeirMetricsAbsent", "WeirPodsNotReady"),
@@ -145,6 +147,28 @@ def test_when_everything_fires_each_page_is_told_and_what_nothing_explains(
     assert held() == echoes
 
 
+@pytest.mark.parametrize("cause", ["WeirUpstreamDown", "WeirPodsNotReady", "WeirNoPodReady"])
+def test_a_cause_explains_failed_requests_and_neither_late_tokens_nor_broken_streams(
+    alertmanager: Alertmanager, cause: str
+) -> None:
+    here, explained = f"explained-{cause}".lower(), "WeirAvailabilityBurnSlow"
+    told = ("WeirTtftBurnSlow", "WeirStreamsBurnSlow")
+    alertmanager.fire(*(labels(name, namespace=here) for name in (*told, explained, cause)))
+    until(lambda: alertmanager.held_back(here).get(explained), "the echo is told")
+    assert alertmanager.held_back(here) == {cause: False, explained: True} | dict.fromkeys(told, False)
+
+
+def test_an_upstream_of_another_job_explains_nothing(alertmanager: Alertmanager) -> None:
+    jobs, same = "jobs", "WeirCircuitOpen"
+    alertmanager.fire(
+        labels("WeirAvailabilityBurnSlow", namespace=jobs),
+        labels(same, namespace=jobs, job="beside"),
+        labels("WeirUpstreamDown", namespace=jobs, job="beside"),
+    )
+    until(lambda: alertmanager.held_back(jobs).get(same), "the echo is told")
+    assert not alertmanager.held_back(jobs)["WeirAvailabilityBurnSlow"]
+
+
 def test_another_objective_and_another_upstream_are_told(alertmanager: Alertmanager) -> None:
     apart = "apart"
     alertmanager.fire(
@@ -156,6 +180,6 @@ def test_another_objective_and_another_upstream_are_told(alertmanager: Alertmana
     upstreams = "upstreams"
     alertmanager.fire(labels("WeirUpstreamDown", namespace=upstreams, upstream="other"))
     alertmanager.fire(labels("WeirCircuitOpen", namespace=upstreams))
-    alertmanager.fire(labels("WeirTtftBurnSlow", namespace=upstreams))
-    until(lambda: alertmanager.held_back(upstreams).get("WeirTtftBurnSlow"), "the echo is told")
+    alertmanager.fire(labels("WeirAvailabilityBurnSlow", namespace=upstreams))
+    until(lambda: alertmanager.held_back(upstreams).get("WeirAvailabilityBurnSlow"), "the echo is told")
     assert not alertmanager.held_back(upstreams)["WeirCircuitOpen"]

@@ -182,7 +182,7 @@ def test_each_value_changes_its_own_constant_and_nothing_else(helm: str) -> None
         "streams": "0.7",
     }
     thresholds: dict[str, float] = dict(zip(VALUES["thresholds"], range(1, 100), strict=False))
-    for share in ("upstreamFailureRatio", "saturationRatio"):
+    for share in ("upstreamFailureRatio", "leaversRatio", "saturationRatio"):
         thresholds[share] = 0.25
     thresholds["spendFloorUsd"] = 1_000_000
     before, after = rules(helm), rules(helm, objectives=objectives, thresholds=thresholds)

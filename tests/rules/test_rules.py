@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -255,7 +256,7 @@ QUERIES = [
     (path.stem, query)
     for path in sorted(RUNBOOKS.glob("*.md"))
     for query in indented(path.read_text())
-    if not re.match(r"(kubectl|helm|curl|python|redis-cli|docker|\{)", query)
+    if not re.match(r"(kubectl|helm|for|curl|python|redis-cli|docker|\{)", query)
 ]
 
 
@@ -266,6 +267,36 @@ def test_the_queries_of_the_runbooks_are_such(name: str, query: str) -> None:
     for read in reads(query):
         known = read.name in RECORDS or read.name in OF_OTHERS or read.name in LIVE
         assert known or read.name.startswith(("kube_", "container_", "process_", "ALERTS")), read.name
+
+
+def commands(page: str) -> Iterator[str]:
+    """What kubectl and helm are asked for, in blocks and within sentences."""
+    spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", page)]
+    for typed in (*"\n".join(indented(page)).splitlines(), *spans):
+        for part in re.split(r"[|;]|&&|\$\(", typed):
+            yield from re.findall(r"\b(?:kubectl|helm) .*", part)
+
+
+@each_alert
+def test_the_commands_of_the_runbooks_look_into_the_namespace_and_see_every_line(name: str) -> None:
+    placeholders = set(re.findall(r"^\| `([A-Z]+)` \|", (ROOT / "docs/alerts.md").read_text(), re.MULTILINE))
+    for command in commands((RUNBOOKS / f"{name}.md").read_text()):
+        # What follows is for the pod.
+        own = command.partition(" -- ")[0].split()
+        assert "-n NAMESPACE" in " ".join(own), command
+        assert {word for word in own if word.isupper()} <= placeholders, command
+        if own[1] == "logs":
+            # With a selector it is ten lines a pod otherwise.
+            assert any(word.startswith("--tail=") for word in own), command
+            # Of the pods of a selector, the first that has not ended once would end it.
+            assert not {"-l", "--previous"} <= set(own), command
+
+
+@each_alert
+def test_what_is_typed_into_a_shell_is_such(name: str) -> None:
+    page = (RUNBOOKS / f"{name}.md").read_text()
+    typed = [block for block in indented(page) if block.startswith(("kubectl", "helm", "for"))]
+    subprocess.run(["sh", "-n"], input="\n".join(typed), text=True, check=True, timeout=30)
 
 
 def notes_of(path: Path, folder: Path) -> str:

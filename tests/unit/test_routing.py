@@ -146,6 +146,17 @@ def test_an_open_circuit_admits_nobody_and_then_one_at_a_time() -> None:
     assert (tested.state, tested.admits) == (Circuit.CLOSED, True)
 
 
+def test_an_open_circuit_is_shown_as_half_open_once_its_pause_is_over() -> None:
+    clock = Clock()
+    tested = opened(clock)
+    clock.now += PAUSE - 1
+    assert tested.shown is Circuit.OPEN
+    clock.now += 1
+    assert (tested.shown, tested.state) == (Circuit.HALF_OPEN, Circuit.OPEN)
+    call(tested, good=False)
+    assert tested.shown is Circuit.OPEN
+
+
 def test_the_pause_doubles_up_to_a_bound_and_begins_anew_after_a_success() -> None:
     clock = Clock()
     tested = opened(clock)
@@ -735,6 +746,42 @@ def gauge(metrics: Metrics, upstream: str, model: str) -> dict[str, float | None
         state.value: metrics.registry.get_sample_value("weir_circuit_state", labels | {"state": state.value})
         for state in (Circuit.OPEN, Circuit.HALF_OPEN, Circuit.CLOSED)
     }
+
+
+def test_of_places_that_left_the_configuration_nothing_is_left() -> None:
+    metrics = Metrics(CollectorRegistry(), "1", models=["gpt-4o", "gpt-5", "theirs"])
+    conditions = Conditions(metrics.circuit, metrics.forget_circuit)
+    before = catalogue(PATTERNS, conditions)
+    for name in ("gpt-4o", "gpt-5", "org/[a]"):
+        shut(before.resolve(name).places[0])
+    catalogue(PATTERNS, conditions).forget_others()
+    assert {labels["model"] for labels in circuits(metrics)} == {"gpt-4o", "gpt-5", "theirs"}
+    catalogue(
+        file({"name": "other", "upstream": "one"}, {"name": "gpt-*", "upstream": "two"}), conditions
+    ).forget_others()
+    assert {labels["model"] for labels in circuits(metrics)} == {"gpt-5"}
+    assert conditions.find("one", "gpt-4o") is None
+    after = catalogue(PATTERNS, conditions)
+    assert not after.resolve("gpt-5").places[0].admits
+    assert after.resolve("gpt-4o").places[0].admits
+    shut(after.resolve("gpt-4o").places[0])
+    assert gauge(metrics, "one", "gpt-4o") == {"open": 1, "half_open": 0, "closed": 0}
+
+
+def test_a_named_place_that_a_pattern_may_still_make_up_is_kept_like_those() -> None:
+    conditions = Conditions()
+    own = (
+        catalogue(file({"name": "gpt-4o", "upstream": "two"}), conditions)
+        .resolve("gpt-4o")
+        .places[0]
+        .condition
+    )
+    after = catalogue(file({"name": "gpt-*", "upstream": "two"}), conditions)
+    after.forget_others()
+    assert after.resolve("gpt-4o").places[0].condition is own
+    for number in range(MOST_MADE_UP + 1):
+        after.resolve(f"gpt-{number}")
+    assert conditions.find("two", "gpt-4o") is None
 
 
 def test_a_reload_forgets_no_open_circuit() -> None:

@@ -186,7 +186,7 @@ def test_where_nobody_answers_it_is_said_what_to_do() -> None:
 def pod(began: float = 1.0, **values: float) -> dict[Series, float]:
     """A pod that has counted requests by outcome."""
     text = f"{BUILD}process_start_time_seconds {began}\n"
-    text += "weir_inflight_requests 2.0\nweir_concurrency_limit 10.0\n"
+    text += "weir_inflight_requests 5.0\nweir_queue_requests 3.0\nweir_concurrency_limit 10.0\n"
     text += "".join(f'weir_requests_total{{outcome="{name}"}} {n}\n' for name, n in values.items())
     return read(text)
 
@@ -216,7 +216,8 @@ def split(matcher: str) -> tuple[str, frozenset[str]]:
 def test_pods_are_summed() -> None:
     report = watched({"a": pod(success=10), "b": pod(success=1)}, {"a": pod(success=20), "b": pod(success=6)})
     assert report.requests_per_second == 1.5
-    assert (report.inflight, report.places, report.versions) == (4.0, 20.0, {"1.0": 2})
+    assert (report.running, report.queued, report.places) == (4.0, 6.0, 20.0)
+    assert report.versions == {"1.0": 2}
 
 
 def test_callers_faults_are_in_no_error_ratio() -> None:
@@ -396,7 +397,7 @@ EXAMPLE = Report(
     usd_per_hour=58.31,
     unpriced_per_second=0.0,
     cache_hit_ratio=0.184,
-    inflight=121.0,
+    running=121.0,
     queued=0.0,
     places=1024.0,
     loop_lag_seconds=0.002,

@@ -380,6 +380,16 @@ def test_of_an_upstreams_address_spans_get_host_and_port_alone() -> None:
         "ghp_abcdefghijklmnop1234",
         "AKIAABCDEFGHIJKLMNOP",
         "xoxb-1234567890-abc",
+        "gsk_abcdefghijklmnop1234",
+        "xai-abcdefghijklmnop1234",
+        "Basic dXNlcjpwYXNz==",
+        "OPENAI_API_KEY=abcdef123",
+        "DB_PASSWORD=hunter22",
+        "client_secret: hunter22",
+        "accessToken=hunter22",
+        "Authorization: Basic dXNlcjpwYXNz",
+        "authorization: Bearer abcdefgh.ijkl",
+        "password='correct horse battery'",
         "anna.b+c@mail.example.co.uk",
         "jürgen@example.org",
         "4111 1111 1111 1111",
@@ -393,7 +403,20 @@ def test_a_secret_is_left_out(secret: str) -> None:
     assert text == f"before {LEFT_OUT}"
 
 
-@pytest.mark.parametrize("text", ['{"api_key": "abcdef123"}', "password=hunter22", "API-KEY: abcdef"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"api_key": "abcdef123"}',
+        "password=hunter22",
+        "API-KEY: abcdef",
+        '{"access_token": "abcdef123"}',
+        r'{"arguments": "{\"password\": \"hunter22\"}"}',
+        r'{"a": "{\"b\": \"{\\\"api_key\\\": \\\"abcdef123\\\"}\"}"}',
+        "postgres://user:hunter22@db.example/weir",
+        "https://abcdef@git.example/x",
+        "MY_sk-proj-abcdef123456",
+    ],
+)
 def test_what_is_called_a_secret_is_left_out(text: str) -> None:
     clean = Redaction()(text)
     assert LEFT_OUT in clean
@@ -408,12 +431,29 @@ def test_what_is_called_a_secret_is_left_out(text: str) -> None:
         "4111 1111 1111 1112",
         "2024-10-21 12:30:00, order 123456789",
         "max_tokens=100 @ home",
+        "token_count: 1234567, the secretary: somebody",
+        "the pod weir-gateway-7f9c8d5b6-x2x4z, https://medium.example/@somebody",
+        "basic authentication is a tokenizer: no secret",
         "x" * 50_000,
         "@" * 5_000,
     ],
 )
 def test_what_is_no_secret_stays(text: str) -> None:
     assert Redaction()(text) == text
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        "password", "password=", "password='", "api_key-", "a-", "token: ", r'token="\\', "secret ", "sk-",
+        "weir-", "eyJ-", "Bearer ", "Basic ", "Basic a", "://", "://a:", "-----BEGIN ", " ", "\\", "a",
+    ],
+)  # fmt: skip
+def test_a_text_that_is_made_to_be_slow_is_read_quickly(piece: str) -> None:
+    text = piece * (200_000 // len(piece))
+    began = time.process_time()
+    Redaction()(text)
+    assert time.process_time() - began < 1.0
 
 
 def test_operators_have_patterns_of_their_own() -> None:

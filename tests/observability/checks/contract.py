@@ -124,6 +124,23 @@ def documented() -> set[str]:
     return {name for page in TABLES for name in row.findall(page.read_text())}
 
 
+def documented_labels() -> dict[str, set[str]]:
+    """Labels in the same tables, by metric."""
+    row = re.compile(r"^\| `(\w+)` \| (?:counter|gauge|histogram) \| ([^|]*) \|", re.MULTILINE)
+    found: dict[str, set[str]] = {}
+    for page in TABLES:
+        for name, labels in row.findall(page.read_text()):
+            found.setdefault(name, set()).update(re.findall(r"`(\w+)`", labels))
+    return found
+
+
+@pytest.mark.parametrize(("name", "labels"), sorted(documented_labels().items()))
+def test_documented_labels_are_those_of_the_registry(registry: Registry, name: str, labels: set[str]) -> None:
+    found = registry.labels(name) or registry.labels(f"{name}_count")
+    assert found is not None, f"there is no {name}"
+    assert labels - TARGET_LABELS == found - TARGET_LABELS
+
+
 def test_each_metric_is_documented(registry: Registry) -> None:
     missing = {name for name in _families(registry) if not name.startswith("process_")} - documented()
     assert not missing
