@@ -98,7 +98,6 @@ class _View:
             _keys_at_once(sys.stdin.fileno()),
             self._signals(),
             Live(console=console, screen=True, auto_refresh=False, redirect_stdout=False) as live,
-            suppress(KeyboardInterrupt),
         ):
             self._loop(console, live)
 
@@ -143,7 +142,9 @@ class _View:
     @contextmanager
     def _signals(self) -> Iterator[None]:
         resized: Callable[[int, FrameType | None], None] = lambda sig, frame: self._wake()  # noqa: E731
-        handlers = {signal.SIGWINCH: resized, signal.SIGTERM: self._end, signal.SIGHUP: self._end}
+        # Ctrl-C too: a KeyboardInterrupt may come where exceptions are lost, in a finalizer for one.
+        ends = dict.fromkeys((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), self._end)
+        handlers = {signal.SIGWINCH: resized, **ends}
         before = {sig: signal.signal(sig, handler) for sig, handler in handlers.items()}
         try:
             yield

@@ -19,7 +19,7 @@ from tests.fakes.upstream import COMPLETION_TOKENS, PROMPT_TOKENS, FakeUpstream
 from tests.faults import CASES, SECRET, Fault, Seen, Sees, Surroundings, Times, samples
 from tests.running import RunningWeir, configuration
 
-TIMES = Times(first_byte=1.0, idle=0.5, answer=6.0, retries=1)
+TIMES = Times(first_byte=2.0, idle=0.5, answer=6.0, retries=1)
 """A slow machine must answer well within `first_byte`; a Retry-After of 7 must be too long for `answer`."""
 IDS = [faults.name_of(fault, stream=stream) for fault, stream in CASES]
 INSIDE = re.compile(r"127\.0\.0\.1|localhost|\.invalid|:\d{4,5}|sk-|traceback", re.IGNORECASE)
@@ -126,7 +126,7 @@ def test_the_sums_agree_over_all_faults(surroundings: Surroundings) -> None:
         assert counted == {line["model"]: line[of] for line in lines if line[of]}
     paid = {r.request_model: r.cost.usd for r in records if r.cost.usd}
     assert dollars == paid == {line["model"]: line["cost_usd"] for line in lines if line.get("cost_usd")}
-    assert len(paid) > len(CASES) / 3, "answers that were cut cost something too"
+    assert len(paid) > len(CASES) / 4, "answers that were cut cost something too"
     totals = page.json()["totals"]
     assert totals["requests"] == len(CASES)
     assert totals["cost_usd"] == pytest.approx(sum(paid.values()), abs=1e-9)
