@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -323,7 +324,10 @@ def test_several_workers_serve_one_port_and_their_metrics_are_summed(upstream: F
             'route="/v1/chat/completions"} 20.0'
         )
         assert wanted in metrics
-        assert "weir_inflight_requests 0.0" in metrics
+        until = time.monotonic() + 30
+        while "weir_inflight_requests 0.0" not in metrics:  # as of the last heartbeat
+            assert time.monotonic() < until, "requests run that have ended"
+            metrics = httpx2.get(f"{weir.admin_url}/metrics").text
         for probe in ("startupz", "livez", "readyz"):
             assert httpx2.get(f"{weir.admin_url}/{probe}").status_code == 200
         weir.terminate()

@@ -298,7 +298,7 @@ class Traffic:
             self._directory,
             WEIR_CONFIG=str(self._config),
             REDIS_URL=self.redis.url,
-            REDIS_TIMEOUT="0.3",  # on a busy machine a call may be late, and then its pod goes by its own share
+            REDIS_TIMEOUT="0.3",  # a call that is late lets its pod go by its own share
             REPLICAS="2",
             MAX_CONCURRENT_REQUESTS=str(PLACES),
             MAX_QUEUED_REQUESTS=str(QUEUE),
