@@ -322,7 +322,7 @@ def test_a_pod_that_goes_is_told_and_the_view_goes_on(service: WeirProcess) -> N
             other.terminate()
             assert other.wait() == 0
             terminal.wait_for("1 of 2 pods")
-            assert f"{other.admin_url}/metrics: connection refused" in terminal.text
+            terminal.wait_for(f"{other.admin_url}/metrics: connection refused")
             ask(service)
             terminal.wait_for("simulator")
             terminal.press(b"q")
