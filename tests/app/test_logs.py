@@ -481,7 +481,7 @@ def test_of_a_worker_whose_log_nobody_reads_what_is_dropped_is_counted() -> None
     with started(FEW_LINES.format(command="worker"), ADMIN_PORT=str(admin), **urls) as process:
         _wait_for_answer(f"http://127.0.0.1:{admin}/livez")
         with httpx2.Client(base_url=f"http://127.0.0.1:{admin}", timeout=20) as caller:
-            for _ in range(1_500):  # each is told: 64 KB in the pipe, 100 lines that wait, and more
+            for _ in range(1_000):  # each is told: 64 KB in the pipe, 100 lines that wait, and more
                 assert caller.put("/log-level", json={"level": "debug"}).status_code == 200
         until(lambda: dropped_lines(admin) > 100, "not counted")
         assert process.stdout is not None

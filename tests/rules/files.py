@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 from collections.abc import Iterator
@@ -21,9 +22,11 @@ Rule = dict[str, Any]
 FIRING: Final = re.compile(r'ALERTS\{alertname="(\w+)"')
 
 
+_GROUPS: Final = [group for path in RULES for group in yaml.safe_load(path.read_text())["groups"]]
+
+
 def groups() -> Iterator[dict[str, Any]]:
-    for path in RULES:
-        yield from yaml.safe_load(path.read_text())["groups"]
+    yield from _GROUPS
 
 
 def rules() -> list[Rule]:
@@ -44,10 +47,13 @@ def promtool(*arguments: str | Path) -> str:
     return said
 
 
-def cases() -> Iterator[tuple[Path, dict[str, Any], dict[str, Any]]]:
+@functools.cache
+def cases() -> tuple[tuple[Path, dict[str, Any], dict[str, Any]], ...]:
     """Each expectation of an alert: its file, its test, the expectation."""
-    for path in CASES:
-        for test in yaml.safe_load(path.read_text())["tests"]:
-            for expectation in test["promql_expr_test"]:
-                if FIRING.search(expectation["expr"]):
-                    yield path, test, expectation
+    return tuple(
+        (path, test, expectation)
+        for path in CASES
+        for test in yaml.safe_load(path.read_text())["tests"]
+        for expectation in test["promql_expr_test"]
+        if FIRING.search(expectation["expr"])
+    )
