@@ -32,7 +32,7 @@ from service.caching.answers import AnswerCache
 from service.caching.flights import Flights, Locks
 from service.canonical import RequestLog
 from service.chat import ChatService
-from service.config import Configuration, Settings
+from service.config import Configuration, Settings, revealed
 from service.configwatch import ConfigFiles, ConfigWatch
 from service.domain import AttemptKind, Operation, RequestRecord, Standing
 from service.errors import InvalidRequest, MethodNotAllowed, NotFound, ValidationFailed, WeirError
@@ -225,9 +225,14 @@ def _on_redis(adapters: Adapters, configuration: Configuration, url: str) -> Ada
     """The same with those stores on Redis whose state all pods share."""
     settings = configuration.settings
     timeout, connections = settings.redis_timeout, settings.redis_max_connections
-    password = settings.redis_password.get_secret_value() if settings.redis_password else None
     fleet = Fleet(
-        make_client(url, password=password, timeout_seconds=timeout, max_connections=connections),
+        make_client(
+            url,
+            password=revealed(settings.redis_password),
+            sentinel_password=revealed(settings.redis_sentinel_password),
+            timeout_seconds=timeout,
+            max_connections=connections,
+        ),
         prefix=settings.redis_prefix,
         timeout_seconds=timeout,
         max_connections=connections,

@@ -554,6 +554,9 @@ class Settings(BaseSettings):
     redis_password: SecretStr | None = Field(
         default=None, description="Password of Redis where REDIS_URL holds none; any letters, unescaped."
     )
+    redis_sentinel_password: SecretStr | None = Field(
+        default=None, description="Password of the Sentinels, where they ask for one of their own."
+    )
     redis_max_connections: int = Field(
         default=50, ge=1, le=10_000, description="Connections to Redis from one process."
     )
@@ -839,8 +842,7 @@ class Configuration(_File):
                     f"{_shown(str(source.file))} cannot be read"
                 ) from None
         elif source.env == "OPENAI_API_KEY":
-            known = self.settings.openai_api_key
-            key = known.get_secret_value() if known else None
+            key = revealed(self.settings.openai_api_key)
             if key is None and not self.file.upstreams:
                 return None  # the upstream that needs no YAML may need no key either
         else:
@@ -984,6 +986,10 @@ def _parse(path: Path, text: bytes, shape: type[_Shape]) -> _Shape:
 def _shown(source: str) -> str:
     """Where a key is said to be, unless that looks like the key itself."""
     return source if "/" in source or _VARIABLE.fullmatch(source) else "(not shown)"
+
+
+def revealed(secret: SecretStr | None) -> str | None:
+    return secret.get_secret_value() if secret else None
 
 
 def is_loopback(host: str) -> bool:

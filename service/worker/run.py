@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 from service import __version__
 from service.adminport import AdminServer, address, listen
 from service.api.admin import AdminApp
-from service.config import Settings
+from service.config import Settings, revealed
 from service.errors import ConfigurationError
 from service.lifecycle import Lifecycle
 from service.logging import LogLevel, json_lines
@@ -116,8 +116,7 @@ def _tell(metrics: SinkMetrics, log_level: LogLevel) -> None:
 
 def make_sink(settings: Settings, metrics: SinkMetrics, tracing: Tracing = NO_TRACING) -> Sink:
     """The sink as the settings describe it. Raises ConfigurationError."""
-    redis_url, redis_password = settings.redis_url, settings.redis_password
-    postgres_url, postgres_password = settings.ledger_postgres_url, settings.ledger_postgres_password
+    redis_url, postgres_url = settings.redis_url, settings.ledger_postgres_url
     if redis_url is None:
         raise ConfigurationError("REDIS_URL: is not set; the worker copies the ledger from there")
     if postgres_url is None:
@@ -125,12 +124,13 @@ def make_sink(settings: Settings, metrics: SinkMetrics, tracing: Tracing = NO_TR
     return Sink(
         Streams(
             redis_url.get_secret_value(),
-            password=redis_password.get_secret_value() if redis_password else None,
+            password=revealed(settings.redis_password),
+            sentinel_password=revealed(settings.redis_sentinel_password),
             prefix=settings.redis_prefix,
         ),
         Tables(
             postgres_url.get_secret_value(),
-            password=postgres_password.get_secret_value() if postgres_password else None,
+            password=revealed(settings.ledger_postgres_password),
             schema=settings.ledger_postgres_schema,
         ),
         metrics,

@@ -52,9 +52,10 @@ class _Found(NamedTuple):
 class Streams:
     """All tenants' ledgers below one prefix. It connects when it is used, and anew after `close`."""
 
-    def __init__(self, url: str, *, password: str | None, prefix: str) -> None:
+    def __init__(self, url: str, *, password: str | None, sentinel_password: str | None, prefix: str) -> None:
         self._url = url
         self._password = password
+        self._sentinel_password = sentinel_password
         self._keys = Keys(prefix)
         self._client: Client | None = None
 
@@ -93,7 +94,11 @@ class Streams:
     def _connected(self) -> Client:
         if self._client is None:
             self._client = make_client(
-                self._url, password=self._password, timeout_seconds=TIMEOUT_SECONDS, max_connections=4
+                self._url,
+                password=self._password,
+                sentinel_password=self._sentinel_password,
+                timeout_seconds=TIMEOUT_SECONDS,
+                max_connections=4,
             )
         return self._client
 

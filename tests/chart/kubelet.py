@@ -17,6 +17,7 @@ GIVEN = {
     ("redis", "redis-password"): "SecretWord1",
     ("redis", "password"): "SecretWord1",
     ("redis", "word"): "SecretWord1",
+    ("sentinels", "sentinel-password"): "SecretWord2",
     ("redis-url", "url"): "rediss://:word@redis.example.com:6379/0",
     ("ledger-app", "uri"): "postgresql://app:word@ledger-rw.databases:5432/app",
     ("weir.ledger.credentials", "password"): "p@ss/w:rd",

@@ -16,6 +16,12 @@ WORKER = {"enabled": True, "postgres": {"existingSecret": "ledger-app"}}
 LIMIT = {"RATE_LIMIT_REQUESTS": 10}
 UPSTREAM = {"name": "a", "base_url": "https://h/v1"}
 KEY = {"name": "shop", "sha256": "a" * 64}
+LIMITED: dict[str, dict[str, Any]] = {
+    "settings.RATE_LIMIT_REQUESTS": {"settings": LIMIT},
+    "config.limits": {"config": {"limits": [{"name": "all", "requests": 5}]}},
+    "config.budgets": {"config": {"budgets": [{"name": "month", "usd": 5}]}},
+}
+"""What limits callers, by the value's name."""
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     (
@@ -124,9 +130,25 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"config": {"upstreams": [UPSTREAM | {"api_key_env": "NOWHERE"}]}},
         "config.upstreams: a takes its key from the variable NOWHERE, which no value sets",
     ),
+    (
+        {
+            "config": {"upstreams": [UPSTREAM | {"api_keys": [{"env": "K"}, {"env": "NOWHERE"}]}]},
+            "extraEnv": [{"name": "K", "value": "v"}],
+        },
+        "config.upstreams: a takes its key from the variable NOWHERE, which no value sets",
+    ),
     ({"config": {"upstreams": [UPSTREAM, UPSTREAM]}}, "config.upstreams: the name a is there twice."),
     (
         {"config": {"upstreams": [UPSTREAM], "models": [{"name": "m", "upstream": "b"}]}},
+        "config.models: m names the upstream b; there is a.",
+    ),
+    (
+        {
+            "config": {
+                "upstreams": [UPSTREAM],
+                "models": [{"name": "m", "upstreams": [{"upstream": "a"}, {"upstream": "b"}]}],
+            }
+        },
         "config.models: m names the upstream b; there is a.",
     ),
     (
@@ -185,14 +207,20 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"redis": {"mode": "cluster"}},
         "redis.mode is cluster: set redis.cluster.nodes or redis.urlSecret.name.",
     ),
-    (
-        {"redis": {"mode": "none"}, "settings": LIMIT},
-        "settings.RATE_LIMIT_REQUESTS with redis.mode none and 2 pods: each pod would count by itself",
-    ),
-    (
-        {"redis": {"mode": "none"}, "settings": LIMIT, "autoscaling": {"enabled": True, "minReplicas": 1}},
-        "settings.RATE_LIMIT_REQUESTS with redis.mode none and an autoscaler: each pod would count by itself",
-    ),
+    *[
+        (
+            {"redis": {"mode": "none"}} | values,
+            f"{name} with redis.mode none and 2 pods: each pod would count by itself; give it a Redis, or",
+        )
+        for name, values in LIMITED.items()
+    ],
+    *[
+        (
+            {"redis": {"mode": "none"}, "autoscaling": {"enabled": True, "minReplicas": 1}} | values,
+            f"{name} with redis.mode none and an autoscaler: each pod would count by itself; give it a Redis",
+        )
+        for name, values in LIMITED.items()
+    ],
     (
         {"worker": {"enabled": True}},
         "worker.enabled without worker.postgres.existingSecret: name the Secret with the address of Postgre",
@@ -276,13 +304,21 @@ ALLOWED: list[dict[str, Any]] = [
     {"podDisruptionBudget": {"maxUnavailable": 0}, "replicaCount": 1},
     {"upstream": {"apiKey": "another", "baseUrl": "https://h/v1"}},
     {"config": {"upstreams": [UPSTREAM | {"api_key_env": "K"}]}, "extraEnv": [{"name": "K", "value": "v"}]},
+    *[
+        {"config": {"upstreams": [UPSTREAM | key]}, "extraEnvFrom": [{"secretRef": {"name": "more"}}]}
+        for key in ({"api_key_env": "K"}, {"api_keys": [{"env": "K"}]})
+    ],
+    {"config": {"upstreams": [UPSTREAM | {"api_keys": [{"file": "/run/secrets/key"}]}]}},
     {
-        "config": {"upstreams": [UPSTREAM | {"api_key_env": "K"}]},
-        "extraEnvFrom": [{"secretRef": {"name": "more"}}],
+        "config": {
+            "upstreams": [UPSTREAM, UPSTREAM | {"name": "b"}],
+            "models": [{"name": "m", "upstreams": [{"upstream": "a", "weight": 3}, {"upstream": "b"}]}],
+        }
     },
+    {"config": {"models": [{"name": "m", "upstreams": [{"upstream": "simulator"}]}]}},
     {"config": {"models": [{"name": "m", "upstream": "openai"}]}, "upstream": {"baseUrl": "http://h/v1"}},
     {"auth": {"generateKey": False}, "config": {"keys": [KEY]}},
-    {"redis": {"mode": "none"}, "settings": LIMIT, "replicaCount": 1},
+    *[{"redis": {"mode": "none"}, "replicaCount": 1} | values for values in LIMITED.values()],
     {"redis": {"mode": "external", "urlSecret": {"name": "mine"}}},
     {"redis": {"mode": "external", "external": {"host": "h"}, "auth": {"username": "weir"}}},
     {"redis": {"auth": {"password": "p@ss/word #1"}}},

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from service.config import Configuration, UpstreamKind, load, load_settings
+from service.config import Configuration, UpstreamKind, load, load_settings, revealed
 from tests.chart.kubelet import mounted, of_the_container, of_the_image, of_the_pod, secret
 from tests.chart.rendering import CASES, render
 from tests.chart.rendering import container as container_of
+from tests.chart.test_combinations import LIMITED
 
 SENTINELS = ("sentinel-0.redis:26379", "sentinel-1.redis:26379", "sentinel-2.redis:26380")
 
@@ -51,10 +52,12 @@ def test_the_grace_period_leaves_weir_time_to_drain(loaded: Configuration, case:
 
 @pytest.mark.parametrize("case", ["full"])
 def test_all_that_the_values_say_arrives(loaded: Configuration) -> None:
-    assert [u.name for u in loaded.upstreams] == ["openai", "azure-eu", "local"]
+    assert [u.name for u in loaded.upstreams] == ["openai", "azure-eu", "local", "pool"]
     assert loaded.upstreams[1].kind is UpstreamKind.AZURE
     assert loaded.upstreams[1].api_version == "2024-10-21"
-    assert [m.name for m in loaded.file.models] == ["gpt-4o-mini", "big", "llama"]
+    assert [m.name for m in loaded.file.models] == ["gpt-4o-mini", "big", "llama", "anywhere"]
+    assert [p.upstream for p in loaded.file.models[3].places] == ["openai", "pool"]
+    assert loaded.settings.replicas == 3
     assert loaded.settings.rate_limit_requests == 100
     assert loaded.settings.rate_limit_window == 30.5
     assert loaded.settings.max_body_bytes == 33554432
@@ -93,6 +96,17 @@ def test_the_address_of_redis_and_apart_from_it_the_password(
     if word == "GENERATED":
         word = render(case=case).secret("rel-weir-redis")["redis-password"]
     assert (password and password.get_secret_value()) == word
+    watchers = revealed(loaded.settings.redis_sentinel_password)
+    assert watchers == ("SecretWord2" if case == "redis-sentinel" else None)
+
+
+@pytest.mark.parametrize(("mode", "there"), [("sentinel", True), ("cluster", False)])
+def test_the_password_of_sentinels_stands_beside_a_whole_address(mode: str, there: bool) -> None:
+    redis = {"mode": mode, "urlSecret": {"name": "redis-url", "key": "url"}}
+    redis |= {"sentinel": {"existingSecret": "redis", "existingSecretKey": "word"}}
+    variables = of_the_pod(render({"redis": redis}))
+    assert variables["REDIS_URL"].startswith("rediss://")
+    assert variables.get("REDIS_SENTINEL_PASSWORD") == ("SecretWord1" if there else None)
 
 
 def test_a_password_of_any_letters_arrives_as_it_is() -> None:
@@ -119,6 +133,11 @@ def test_weir_knows_how_many_share_a_limit(values: dict[str, Any], replicas: str
     if replicas is not None:  # without Redis several pods may have no limit at all
         values = values | {"settings": {"RATE_LIMIT_REQUESTS": 100}}
     assert of_the_pod(render(values)).get("REPLICAS") == replicas
+
+
+@pytest.mark.parametrize("values", LIMITED.values(), ids=LIMITED)
+def test_whatever_limits_is_shared(values: dict[str, Any]) -> None:
+    assert of_the_pod(render(values | {"replicaCount": 3}))["REPLICAS"] == "3"
 
 
 def test_without_a_limit_another_number_of_pods_replaces_none() -> None:

@@ -115,7 +115,8 @@ def test_callers_come_to_the_api_and_the_cluster_to_the_metrics() -> None:
 
 def test_named_callers_alone_come_and_the_tests_of_the_chart() -> None:
     rendered = render(case="full")
-    api, admin = policy(rendered)["ingress"]
+    api, admin, extra = policy(rendered)["ingress"]
+    assert extra["from"] == [{"ipBlock": {"cidr": "198.51.100.8/32"}}]
     for rule, namespace in ((api, "applications"), (admin, "monitoring")):
         first, tests = rule["from"]
         assert first["namespaceSelector"]["matchLabels"] == {"kubernetes.io/metadata.name": namespace}

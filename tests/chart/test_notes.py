@@ -48,6 +48,50 @@ def test_commands_name_objects_of_the_release(case: str) -> None:
             assert words[words.index("pvc") + 1 :] == [claim["metadata"]["name"]]
 
 
+@pytest.mark.parametrize(
+    ("values", "model", "listed"),
+    [
+        ({}, "simulator", False),
+        ({"upstream": {"baseUrl": "http://vllm/v1"}}, "MODEL", True),
+        ({"config": {"models": [{"name": n, "upstream": "simulator"} for n in ("s*", "m")]}}, "m", False),
+        ({"config": {"models": [{"name": "s*", "upstream": "simulator"}]}}, "MODEL", True),
+    ],
+)
+def test_the_call_names_a_model_or_says_where_one_is(
+    values: dict[str, Any], model: str, listed: bool
+) -> None:
+    text = told(values)
+    assert f'"model": "{model}"' in text
+    assert ("In place of MODEL one that GET /v1/models lists." in text) is listed
+    assert "MODEL for example" not in text
+
+
+def test_dashboards_are_a_command_and_an_address_away() -> None:
+    upgrade = f"helm upgrade {RELEASE} helm/weir -n {NAMESPACE} --reset-then-reuse-values"
+    assert f"    {upgrade} --set dashboards.enabled=true\n" in notes()
+    assert "open https://YOUR-GRAFANA/d/weir-overview\n" in notes()
+    assert json.loads((CHART / "files/dashboards/overview.json").read_text())["uid"] == "weir-overview"
+    text = notes(case="full")
+    assert "kubectl -n monitoring get configmap -l app.kubernetes.io/component=dashboard\n" in text
+    assert "open https://grafana.example.com/d/weir-overview\n" in text
+    assert "--set dashboards.enabled" not in text
+
+
+@pytest.mark.parametrize(
+    ("case", "values", "goes"),
+    [
+        ("default", {}, True),
+        ("redis-persistent", {}, True),
+        ("redis-persistent", {"auth": {"existingSecret": "mine"}}, False),
+        ("default", {"auth": {"existingSecret": "mine"}}, False),
+        ("openai", {}, False),
+        ("no-auth", {}, False),
+    ],
+)
+def test_the_key_that_the_chart_made_goes_and_no_other(case: str, values: dict[str, Any], goes: bool) -> None:
+    assert ("the API key goes" in notes(json.dumps(values), case)) is goes
+
+
 def test_a_volume_that_stays_is_told_of() -> None:
     assert "delete pvc" in notes(case="redis-persistent")
     for case in ("default", "redis-claim", "redis-external"):

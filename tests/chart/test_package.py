@@ -10,17 +10,24 @@ import pytest
 import yaml
 
 from service import __version__
-from tests.chart.rendering import CHART, Refused, render, template
-from tests.chart.renew import GOLDEN, golden
+from tests.chart import renew
+from tests.chart.rendering import CHART, Refused, Rendered, render, template
+from tests.chart.renew import golden
 from tests.programs import HELMS, ROOT, need
 
 ABOUT = yaml.safe_load((CHART / "Chart.yaml").read_text())
 
 
-def test_what_is_rendered_without_values_is_as_it_was() -> None:
-    assert golden(render()) == GOLDEN.read_text(), (
+@pytest.mark.parametrize("case", renew.CASES)
+def test_what_is_rendered_is_as_it_was(case: str) -> None:
+    assert renew.rendered_now(case) == renew.path(case).read_text(), (
         "if that is as you mean it: .venv/bin/python -m tests.chart.renew"
     )
+
+
+def test_the_version_is_no_piece_of_an_address() -> None:
+    text = f"weir:{__version__} 192.{__version__}/24 {__version__}.1"
+    assert golden(Rendered(text, ())) == f"weir:VERSION 192.{__version__}/24 {__version__}.1\n"
 
 
 def test_the_chart_is_for_the_service_of_this_version() -> None:

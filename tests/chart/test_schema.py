@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from pydantic import ValidationError
 from docs.values_schema import OF_THE_CHART
 from service.config import FileConfig, Settings
 from tests.chart.rendering import CHART, Refused, refusal, render, template
-from tests.programs import HELMS, need
+from tests.programs import HELMS, ROOT, need
 
 SCHEMA = json.loads((CHART / "values.schema.json").read_text())
 VALUES = yaml.safe_load((CHART / "values.yaml").read_text())
@@ -28,6 +29,7 @@ ONLY_IN_SCHEMA = {"enabled"}
 SECRETS = {
     "OTEL_EXPORTER_OTLP_HEADERS",
     "REDIS_PASSWORD",
+    "REDIS_SENTINEL_PASSWORD",
     "LEDGER_POSTGRES_URL",
     "LEDGER_POSTGRES_PASSWORD",
 }
@@ -318,7 +320,11 @@ CONFIGS: list[tuple[bool, dict[str, Any]]] = [
     ),
     (
         True,
-        {"models": [{"name": "m", "upstream": "u", "aliases": ["x"], "price": {"input": 1, "output": 0.5}}]},
+        {
+            "models": [
+                {"name": "m", "upstream": "simulator", "aliases": ["x"], "price": {"input": 1, "output": 0.5}}
+            ]
+        },
     ),
     (True, {"keys": [{"name": "k", "sha256": "a" * 64}]}),
     (False, {"upstreams": [{"name": "a"}]}),
@@ -330,7 +336,13 @@ CONFIGS: list[tuple[bool, dict[str, Any]]] = [
     (False, {"upstreams": [{"name": "a", "base_url": "https://h/v1", "api_key": "sk-secret"}]}),
     (False, {"models": [{"name": "m"}]}),
     (False, {"models": [{"name": "m", "upstream": "u", "upstreams": [{"upstream": "v"}]}]}),
-    (True, {"models": [{"name": "m", "upstreams": [{"upstream": "u", "weight": 2}, {"upstream": "v"}]}]}),
+    (
+        True,
+        {
+            "upstreams": [{"name": name, "kind": "simulator"} for name in "uv"],
+            "models": [{"name": "m", "upstreams": [{"upstream": "u", "weight": 2}, {"upstream": "v"}]}],
+        },
+    ),
     (False, {"limits": [{"name": "a"}]}),
     (True, {"limits": [{"name": "a", "per": ["tenant", "model"], "tokens": 1000}]}),
     (False, {"limits": [{"name": "a", "per": ["person"], "tokens": 1000}]}),
@@ -344,7 +356,7 @@ CONFIGS: list[tuple[bool, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("good", "config"), CONFIGS, ids=[json.dumps(c)[:70] for _, c in CONFIGS])
-def test_schema_and_weir_agree_on_a_config(good: bool, config: dict[str, Any]) -> None:
+def test_schema_templates_and_weir_agree_on_a_config(good: bool, config: dict[str, Any]) -> None:
     assert jsonschema.Draft7Validator(SCHEMA).is_valid(VALUES | {"config": config}) is good
     try:
         FileConfig.model_validate(config)
@@ -352,6 +364,15 @@ def test_schema_and_weir_agree_on_a_config(good: bool, config: dict[str, Any]) -
         assert not good
     else:
         assert good
+        assert render({"config": config, "extraEnvFrom": [{"secretRef": {"name": "more"}}]}).deployment
+
+
+@pytest.mark.parametrize("page", ["routing.md", "settings.md", "limits.md"])
+def test_the_examples_of_the_docs_are_installed_as_they_stand(page: str) -> None:
+    block = re.search(r"```yaml\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
+    assert block
+    values = f"extraEnvFrom: [{{secretRef: {{name: more}}}}]\nconfig:\n{textwrap.indent(block[1], '  ')}"
+    assert "kind: Deployment" in template([need("helm"), "template", str(CHART), "--values", "-"], values)
 
 
 @pytest.mark.parametrize("helm", HELMS)

@@ -89,6 +89,8 @@ def test_a_conversation_is_held_where_the_pods_share_it(values: dict[str, Any], 
             },
             "m",
         ),
+        ({"config": {"models": [{"name": n, "upstream": "simulator"} for n in ("s*", "m")]}}, "m"),
+        ({"config": {"models": [{"name": "s*", "upstream": "simulator"}]}}, None),
     ],
 )
 def test_a_model_is_named_where_one_is_known(values: dict[str, Any], model: str | None) -> None:

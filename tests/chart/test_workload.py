@@ -263,6 +263,28 @@ def test_redis_pod_has_its_own_labels_and_annotations() -> None:
     assert metadata["annotations"]["example.com/backup"] == "true"
 
 
+def test_what_redis_is_told_beside_is_in_its_configuration() -> None:
+    text = render(case="redis-persistent").one("ConfigMap", f"{RELEASE}-weir-redis")["data"]["redis.conf"]
+    assert text.endswith("timeout 300\nslowlog-max-len 64\n")
+
+
+def test_redis_and_the_worker_go_where_they_are_sent() -> None:
+    where: dict[str, Any] = {
+        "nodeSelector": {"disk": "ssd"},
+        "tolerations": [{"operator": "Exists"}],
+        "affinity": {"podAntiAffinity": {}},
+        "priorityClassName": "important",
+    }
+    marks = {"podLabels": {"tier": "back"}, "podAnnotations": {"example.com/scraped": "no"}}
+    values = {"redis": {"embedded": where | marks}, "worker": where | marks}
+    rendered = render(values, case="worker")
+    for thing in (rendered.one("StatefulSet"), rendered.one("Deployment", f"{RELEASE}-weir-worker")):
+        pod = thing["spec"]["template"]
+        assert {name: pod["spec"][name] for name in where} == where
+        assert marks["podLabels"].items() <= pod["metadata"]["labels"].items()
+        assert marks["podAnnotations"].items() <= pod["metadata"]["annotations"].items()
+
+
 def test_a_new_chart_that_changes_nothing_of_a_pod_restarts_none(tmp_path: Path) -> None:
     chart = versioned(tmp_path, "version")
     for kind in ("Deployment", "StatefulSet"):

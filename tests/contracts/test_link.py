@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 
 import pytest
 import structlog
 import uvloop
+from prometheus_client import CollectorRegistry
+from redis.exceptions import RedisError
 
+from service.app import make_adapters
 from service.errors import StateRefused, StateUnavailable
-from service.stores.redis.address import make_client
+from service.stores.redis.address import close_client, make_client
 from service.stores.redis.line import patiently
 from service.stores.redis.link import Link, Script
-from tests.redis_servers import ClusterSet, Server, Servers, Single, SlowProxy
+from service.worker.metrics import SinkMetrics
+from service.worker.run import make_sink
+from tests.redis_servers import HOST, MASTER, ClusterSet, Server, Servers, Single, SlowProxy
+from tests.running import configuration
 
 ECHO = Script("return ARGV[1]")
 PUSH = Script("return redis.call('RPUSH', KEYS[1], ARGV[1])", repeatable=False)
@@ -148,6 +154,86 @@ async def test_no_more_connections_than_allowed(redis_single: Single) -> None:
             proxy.delay(0)
             assert await new == b"new"
             assert link.available
+
+
+# -- who may ask ---------------------------------------------------------------------------------
+
+
+class Watched(Single):
+    """One server and one Sentinel, each with a password of its own."""
+
+    OF_REDIS = "of-redis"
+    OF_THE_SENTINEL = "of-the-sentinel"
+
+    def __init__(self) -> None:
+        super().__init__(password=self.OF_REDIS)
+
+    @property
+    def url(self) -> str:
+        return f"redis+sentinel://{HOST}:{self._sentinel.port}/0?master={MASTER}"
+
+    def _start(self) -> None:
+        super()._start()
+        self._sentinel = self._add(
+            [
+                f"sentinel monitor {MASTER} {HOST} {self.port} 1",
+                f"sentinel auth-pass {MASTER} {self.OF_REDIS}",
+            ],
+            password=self.OF_THE_SENTINEL,
+            sentinel=True,
+        )
+        self._wake([self._sentinel])
+
+
+@pytest.fixture(scope="module")
+def watched() -> Iterator[Watched]:
+    with Watched() as servers:
+        yield servers
+
+
+@pytest.mark.parametrize(
+    ("of_redis", "of_the_sentinel", "let_in"),
+    [
+        (Watched.OF_REDIS, Watched.OF_THE_SENTINEL, True),
+        (Watched.OF_REDIS, None, False),
+        (Watched.OF_REDIS, Watched.OF_REDIS, False),
+        (Watched.OF_THE_SENTINEL, Watched.OF_THE_SENTINEL, False),
+    ],
+)
+async def test_sentinels_may_have_a_password_of_their_own(
+    watched: Watched, of_redis: str, of_the_sentinel: str | None, let_in: bool
+) -> None:
+    client = make_client(
+        watched.url,
+        password=of_redis,
+        sentinel_password=of_the_sentinel,
+        timeout_seconds=2,
+        max_connections=1,
+    )
+    try:
+        assert await client.ping() is let_in
+    except RedisError:
+        assert not let_in
+    finally:
+        await close_client(client)
+
+
+async def test_pods_and_the_worker_are_told_both_passwords(watched: Watched) -> None:
+    given = configuration(
+        redis_url=watched.url,
+        redis_password=Watched.OF_REDIS,
+        redis_sentinel_password=Watched.OF_THE_SENTINEL,
+        redis_timeout=2.0,
+        ledger_postgres_url="postgresql://ledger.example.com/weir",
+    )
+    fleet = make_adapters(given).fleet
+    assert fleet is not None
+    await fleet.link.start()
+    assert fleet.link.available
+    await fleet.link.close()
+    streams = make_sink(given.settings, SinkMetrics(CollectorRegistry()))._streams
+    assert await streams.tenants() == []
+    await streams.close()
 
 
 # -- plain commands ------------------------------------------------------------------------------

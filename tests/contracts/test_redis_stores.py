@@ -258,6 +258,33 @@ async def test_a_write_does_not_wait_for_those_that_are_sent_just_now(
         assert len(backlog) == 0
 
 
+async def test_writes_of_one_request_go_in_one_round_trip_and_outlive_their_caller(
+    redis_single: Single,
+) -> None:
+    add = Script("return redis.call('SADD', KEYS[1], ARGV[1])")
+    async with linked(redis_single.url, 10.0) as link:
+        backlog = Backlog(link, 10)
+        await link.run(add, ["weir:set"], ["seen"])
+        redis_single.server.freeze()
+        try:
+            some = [Write("ledger", "lane", add, ["weir:set"], [name]) for name in ("a", "b")]
+            writing = asyncio.create_task(backlog.write_all(some))
+            for _ in range(3):  # its first step, and that of the line
+                await asyncio.sleep(0)
+            writing.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await writing
+        finally:
+            redis_single.server.thaw()
+        async with asyncio.timeout(RECOVERY_SECONDS):  # one that had waited for the other would not be there
+            while redis_single.server.command("SCARD", "weir:set") != 3:
+                await asyncio.sleep(0.005)
+        assert len(backlog) == 2, "whether Redis took them is not known"
+        backlog.start()
+        await emptied(backlog)
+        await backlog.close()
+
+
 # -- the breaker ---------------------------------------------------------------------------------
 
 

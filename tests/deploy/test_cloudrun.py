@@ -71,6 +71,7 @@ def test_streams_may_last_and_the_processor_never_sleeps() -> None:
     assert annotations["run.googleapis.com/cpu-throttling"] == "false"
     fewest, most = (int(annotations[f"autoscaling.knative.dev/{end}Scale"]) for end in ("min", "max"))
     assert 1 <= fewest < most
+    assert check_environment(VARIABLES).replicas == fewest
 
 
 def test_it_is_this_release() -> None:

@@ -38,8 +38,8 @@
   value: {{ . | quote }}
 {{- end }}
 {{- end }}
-{{- /* Only where it is asked for: a pod is replaced when its environment changes. */}}
-{{- if and (ne .Values.redis.mode "none") .Values.settings.RATE_LIMIT_REQUESTS }}
+{{- /* Only where something is to be shared: a pod is replaced when its environment changes. */}}
+{{- if and (ne .Values.redis.mode "none") (include "weir.rulesSet" .) }}
 - name: REPLICAS
   value: {{ include "weir.fewestReplicas" . | int | max 1 | quote }}
 {{- end }}
@@ -55,9 +55,16 @@
 {{- end }}
 {{- end }}
 
-{{/* REDIS_URL, and apart from it the password, which may hold any letters and never stands in an object that is no Secret. */}}
+{{/* REDIS_URL, and apart from it the passwords, which may hold any letters and never stand in an object that is no Secret. */}}
 {{- define "weir.redisEnv" -}}
 {{- $redis := .Values.redis -}}
+{{- if and (eq $redis.mode "sentinel") $redis.sentinel.existingSecret }}
+- name: REDIS_SENTINEL_PASSWORD
+  valueFrom:
+    secretKeyRef:
+      name: {{ $redis.sentinel.existingSecret }}
+      key: {{ $redis.sentinel.existingSecretKey }}
+{{- end }}
 {{- if eq $redis.mode "none" }}
 {{- else if $redis.urlSecret.name }}
 - name: REDIS_URL

@@ -158,13 +158,24 @@ annotations:
 {{- if not (or $upstream.apiKey $upstream.existingSecret $upstream.baseUrl .Values.config.upstreams) }}true{{ end -}}
 {{- end }}
 
-{{/* The model that a caller may name, as far as the values tell. */}}
+{{/* The values that limit callers, by name: nothing where nothing is limited. */}}
+{{- define "weir.rulesSet" -}}
+{{- $set := list -}}
+{{- if .Values.settings.RATE_LIMIT_REQUESTS }}{{ $set = append $set "settings.RATE_LIMIT_REQUESTS" }}{{ end -}}
+{{- if .Values.config.limits }}{{ $set = append $set "config.limits" }}{{ end -}}
+{{- if .Values.config.budgets }}{{ $set = append $set "config.budgets" }}{{ end -}}
+{{- join ", " $set -}}
+{{- end }}
+
+{{/* A model that a caller may name; nothing where the values name none, or patterns alone. */}}
 {{- define "weir.model" -}}
 {{- if .Values.upstream.model -}}
 {{- .Values.upstream.model -}}
 {{- else if .Values.config.models -}}
-{{- (first .Values.config.models).name -}}
-{{- else -}}
+{{- $names := list -}}
+{{- range .Values.config.models }}{{ if not (contains "*" .name) }}{{ $names = append $names .name }}{{ end }}{{ end -}}
+{{- first $names | default "" -}}
+{{- else if not .Values.upstream.baseUrl -}}
 {{- include "weir.simulated" . | empty | ternary "gpt-4o-mini" "simulator" -}}
 {{- end -}}
 {{- end }}

@@ -46,6 +46,15 @@ weir:{{ snakecase $name }}:threshold: {{ $number }}
 {{- if contains "." $seconds }}{{ $seconds }}{{ else }}{{ $seconds }}.0{{ end -}}
 {{- end }}
 
+{{/* The first edge of the buckets of durations, which are others, that is not below the same seconds. */}}
+{{- define "weir.leaversEdge" -}}
+{{- $edge := "" -}}
+{{- range list "0.16" "0.32" "0.64" "1.28" "2.56" "5.12" "10.24" "20.48" -}}
+{{- if and (not $edge) (ge (float64 .) (float64 $.objectives.ttftSeconds)) }}{{ $edge = . }}{{ end -}}
+{{- end -}}
+{{- $edge -}}
+{{- end }}
+
 {{/* An alert with the values' severity, duration, labels, annotations and addresses: dict "rule" RULE "values" VALUES */}}
 {{- define "weir.alert" -}}
 {{- $name := .rule.alert -}}
@@ -68,7 +77,8 @@ weir:{{ snakecase $name }}:threshold: {{ $number }}
 {{- $_ := set $annotations "dashboard" (printf "%s%s" (trimSuffix "/" $values.grafanaUrl) $annotations.dashboard) -}}
 {{- end -}}
 {{- $annotations = merge $annotations ($values.alertAnnotations | default dict) -}}
-{{- $rule := merge (dict) (omit .rule "labels" "annotations") -}}
+{{- $expression := .rule.expr | replace "le=\"2.56\"" (printf "le=%q" (include "weir.leaversEdge" $values)) -}}
+{{- $rule := merge (dict "expr" $expression) (omit .rule "labels" "annotations") -}}
 {{- with get ($values.alertFor | default dict) $name }}{{ $_ := set $rule "for" . }}{{ end -}}
 {{- with $labels }}{{ $_ := set $rule "labels" . }}{{ end -}}
 {{- with $annotations }}{{ $_ := set $rule "annotations" . }}{{ end -}}

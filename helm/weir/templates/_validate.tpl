@@ -92,15 +92,21 @@
 {{- $faults = append $faults (printf "config.upstreams: the name %s is there twice." .name) -}}
 {{- end -}}
 {{- $upstreams = append $upstreams .name -}}
-{{- if and .api_key_env (not $v.extraEnvFrom) (not (has .api_key_env (concat $names $extra))) -}}
-{{- $faults = append $faults (printf "config.upstreams: %s takes its key from the variable %s, which no value sets: use upstream.existingSecret (OPENAI_API_KEY), extraEnv or extraEnvFrom." .name .api_key_env) -}}
+{{- $upstream := .name -}}
+{{- range prepend (.api_keys | default list) (dict "env" .api_key_env) -}}
+{{- if and .env (not $v.extraEnvFrom) (not (has .env (concat $names $extra))) -}}
+{{- $faults = append $faults (printf "config.upstreams: %s takes its key from the variable %s, which no value sets: use upstream.existingSecret (OPENAI_API_KEY), extraEnv or extraEnvFrom." $upstream .env) -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}
 {{- $upstreams = $upstreams | default (list (include "weir.simulated" . | empty | ternary "openai" "simulator")) -}}
 {{- $models := list -}}
 {{- range $v.config.models -}}
+{{- $model := .name -}}
+{{- range .upstreams | default (list (pick . "upstream")) -}}
 {{- if not (has .upstream $upstreams) -}}
-{{- $faults = append $faults (printf "config.models: %s names the upstream %s; there is %s." .name .upstream (join ", " $upstreams)) -}}
+{{- $faults = append $faults (printf "config.models: %s names the upstream %s; there is %s." $model .upstream (join ", " $upstreams)) -}}
+{{- end -}}
 {{- end -}}
 {{- range prepend (.aliases | default list) .name -}}
 {{- if has . $models -}}
@@ -155,11 +161,11 @@
 {{- if and (eq .mode "cluster") (not .cluster.nodes) (not $elsewhere) -}}
 {{- $faults = append $faults "redis.mode is cluster: set redis.cluster.nodes or redis.urlSecret.name." -}}
 {{- end -}}
-{{- if and (eq .mode "none") (gt $fewest 1) $v.settings.RATE_LIMIT_REQUESTS -}}
-{{- $faults = append $faults (printf "settings.RATE_LIMIT_REQUESTS with redis.mode none and %d pods: each pod would count by itself; give it a Redis, or one pod." $fewest) -}}
-{{- end -}}
-{{- if and (eq .mode "none") $v.settings.RATE_LIMIT_REQUESTS (or $v.autoscaling.enabled $v.keda.enabled) (le $fewest 1) -}}
-{{- $faults = append $faults "settings.RATE_LIMIT_REQUESTS with redis.mode none and an autoscaler: each pod would count by itself; give it a Redis." -}}
+{{- $rules := include "weir.rulesSet" $ -}}
+{{- if and (eq .mode "none") $rules (gt $fewest 1) -}}
+{{- $faults = append $faults (printf "%s with redis.mode none and %d pods: each pod would count by itself; give it a Redis, or one pod." $rules $fewest) -}}
+{{- else if and (eq .mode "none") $rules (include "weir.scaled" $) -}}
+{{- $faults = append $faults (printf "%s with redis.mode none and an autoscaler: each pod would count by itself; give it a Redis." $rules) -}}
 {{- end -}}
 {{- end -}}
 

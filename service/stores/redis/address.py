@@ -23,7 +23,12 @@ MAP_SECONDS: Final = 0.3
 
 
 def make_client(
-    url: str, *, password: str | None = None, timeout_seconds: float, max_connections: int
+    url: str,
+    *,
+    password: str | None = None,
+    sentinel_password: str | None = None,
+    timeout_seconds: float,
+    max_connections: int,
 ) -> Client:
     """A client of the one server, the Sentinels' master or the cluster; it connects when it is used."""
     parts = urlsplit(url)
@@ -38,7 +43,9 @@ def make_client(
     # None of its own: an answer that came late is counted as one that did not come.
     options["retry"] = Retry(NoBackoff(), 0)
     if kind == "sentinel":
-        watchers = {k: v for k, v in options.items() if k not in ("username", "password", "max_connections")}
+        # They may have a password of their own; the user and the password of Redis are not told to them.
+        watchers = {k: v for k, v in options.items() if k not in ("username", "max_connections")}
+        watchers["password"] = sentinel_password
         sentinel = Sentinel(  # type: ignore[no-untyped-call]
             _hosts(parts.netloc, SENTINEL_PORT), sentinel_kwargs=watchers
         )
