@@ -114,6 +114,7 @@ class Asking:
         "kind",
         "late_at",
         "since",
+        "span",
         "unanswered",
     )
 
@@ -147,6 +148,8 @@ class Asking:
         """Of the latest attempt."""
         self.since: float | None = None
         """When it began, in the loop's time, as long as nobody was told of its end."""
+        self.span: AttemptSpan | None = None
+        """That of the latest attempt, for whoever tells of its end."""
         self.hedges: Sequence[Hedge] = ()
         self.late_at: Sequence[Place] = ()
         """Where attempts were given up as late: these upstreams have the question, and count it."""
@@ -167,7 +170,8 @@ class Asking:
             try:
                 if route.hedge and (seconds := place.condition.late_seconds) is not None:
                     return await self._hedged(call, route, session, tried, place, kind, seconds)
-                return await self._attempt(call, place, kind, place.condition.begin())
+                span = self._open_span(call, place.target, kind)
+                return await self._attempt(call, place, kind, place.condition.begin(), span)
             except UpstreamError as error:
                 over = self._record.attempts >= ATTEMPTS_MOST or self.late
                 if error.at_once and not over:
@@ -177,15 +181,11 @@ class Asking:
                 if _movable(error) and not over and route.choose(session, tried) is not None:
                     kind = AttemptKind.FAILOVER
                     continue
-                if over:
-                    raise
                 repeats += 1
-                seconds = self._pause(repeats, error, route)
-                if seconds is None:
+                if over or not await self._paused(repeats, error, route, session):
                     raise
             tried.clear()
             kind = AttemptKind.RETRY
-            await asyncio.sleep(seconds)
 
     @property
     def late(self) -> bool:
@@ -196,32 +196,54 @@ class Asking:
         """Nothing more is asked: let go of whoever asked."""
         del self._make_meter
 
-    def _pause(self, repeats: int, error: UpstreamError, route: Route) -> float | None:
-        """Seconds until the same places are asked again; None if they are not."""
+    async def _paused(self, repeats: int, error: UpstreamError, route: Route, session: str) -> bool:
+        """Whether the same places may be asked again, and then after the pause that is due."""
         seconds = pause(repeats, error)
         late = self._loop.time() + seconds >= self._end_of_all.at or seconds > RETRY_AFTER_MOST_SECONDS
         if repeats > self._limits.max_retries or late or not error.retry:
-            return None
+            return False
         # Those that asked for time are closed just now, and open when the pause is over.
-        return seconds if route.admits_in(seconds) and self._budget.take() else None
+        if not route.admits_in(seconds) or not self._budget.take():
+            return False
+        found = False
+        try:
+            await asyncio.sleep(seconds)
+            # Of many who waited for a place one may ask it: to the others their own error is told.
+            found = route.choose(session, ()) is not None
+        finally:
+            if not found:
+                self._budget.give_back()
+        return found
 
-    async def _attempt(self, call: Call, place: Place, kind: AttemptKind, ticket: int) -> Answer:
-        """`ticket` is that of the place's `begin`: taken with the choice, before others can choose it too."""
-        record, target, condition, sweep = self._record, place.target, place.condition, self._sweep
+    async def _attempt(
+        self, call: Call, place: Place, kind: AttemptKind, ticket: int, span: AttemptSpan | None
+    ) -> Answer:
+        """`ticket` is that of the place's `begin`: taken with the choice, before others can choose it too.
+
+        Where it is cut off, whoever did so tells the recorder, and `span`, why.
+        """
+        record, target, condition = self._record, place.target, place.condition
         record.attempts += 1
         self._names(place)
         began, self.unanswered, self.kind = self._loop.time(), True, kind
-        self.since, clock = began, time.perf_counter
+        self.since, self.span, clock = began, span, time.perf_counter
         began_at = clock()
         end = self._end_of_all
         until, error_then = end.at, _over if end.own else late
         if target.first_byte_seconds is not None and began + target.first_byte_seconds < until:
             until, error_then = began + target.first_byte_seconds, late
-        span = self._open_span(call, target, kind)
+        answered: WholeAnswer | StreamedAnswer | None = None
         try:
             sent = self._traced(addressed(call, target), span)
-            answer = await self._send(sent, place, ticket, span, lambda: Deadline(sweep, until, error_then))
+            with Deadline(self._sweep, until, error_then):
+                answered = await target.upstream.send(sent)
+                if span is not None:
+                    answered = span.answered(answered)
+                answer = await self._begun(answered, place, ticket)
         except UpstreamError as error:
+            if answered is not None:
+                error.upstream_request_id = answered.upstream_request_id
+                target.upstream.note(answered.secret, error)
             condition.end()
             # Past its time the upstream may still be at it; any other failure is its last word.
             self.unanswered = self._loop.time() >= until
@@ -235,12 +257,14 @@ class Asking:
         except BaseException as error:
             condition.end()
             condition.breaker.left(ticket)
-            if span is not None:
+            if span is not None and isinstance(error, Exception):
                 span.failed(error)
             raise
         finally:
             seconds = clock() - began_at
             record.upstream_seconds += seconds
+        if span is not None:
+            span.begun()
         self.unanswered = False
         condition.answered(self._loop.time() - began)
         condition.breaker.succeeded(ticket)
@@ -277,37 +301,10 @@ class Asking:
     ) -> None:
         self._names(place)  # beside a hedge the record may name the other one by now
         self._record.upstream_request_id = id_there
-        self.since = None
+        self.since = self.span = None
         self._recorder.attempted(self._record, error, kind, seconds, model)
 
-    async def _send(
-        self,
-        call: Call,
-        place: Place,
-        ticket: int,
-        span: AttemptSpan | None,
-        deadline: Callable[[], Deadline],
-    ) -> Answer:
-        with deadline():
-            answer = await place.target.upstream.send(call)
-        if span is not None:
-            answer = span.answered(answer)
-        try:
-            begun = await self._begun(answer, place, ticket, deadline)
-            if span is not None:
-                span.begun()
-            return begun
-        except UpstreamError as error:
-            error.upstream_request_id = answer.upstream_request_id
-            raise
-
-    async def _begun(
-        self,
-        answer: WholeAnswer | StreamedAnswer,
-        place: Place,
-        ticket: int,
-        deadline: Callable[[], Deadline],
-    ) -> Answer:
+    async def _begun(self, answer: WholeAnswer | StreamedAnswer, place: Place, ticket: int) -> Answer:
         if isinstance(answer, WholeAnswer):
             return Answer(
                 place,
@@ -319,8 +316,7 @@ class Asking:
         meter = self._make_meter()
         meter.secret = answer.secret
         try:
-            with deadline():  # one of its own: who is late from here on has told its request id
-                first = await first_events(answer, meter)
+            first = await first_events(answer, meter)
         except BaseException:
             await answer.close()
             raise
@@ -374,8 +370,9 @@ class Asking:
             del first, second  # the error's traceback knows this frame: a cycle would keep the request alive
 
     def _run(self, call: Call, place: Place, kind: AttemptKind) -> _Run:
-        attempt = self._attempt(call, place, kind, place.condition.begin())
-        return _Run(place, kind, self._loop.time(), self._loop.create_task(attempt))
+        span = self._open_span(call, place.target, kind)
+        attempt = self._attempt(call, place, kind, place.condition.begin(), span)
+        return _Run(place, kind, self._loop.time(), self._loop.create_task(attempt), span)
 
     async def _first_good(self, first: _Run, second: _Run | None) -> _Run | None:
         """The run that has an answer. None when all have failed, or the first one as no other could mend."""
@@ -414,14 +411,12 @@ class Asking:
             unheard = [run for run in runs if run is not taken and _answered(run.task)]
             own = pending.pop(0) if left and pending else None
             for run in pending:
-                self._names(run.place)
-                quicker = CallerGone("Another upstream was quicker.")
-                self._recorder.attempted(record, quicker, run.kind, now - run.began)
+                self._overtaken(run, now - run.began)
             for run in unheard:
                 if run.task.result().stream is not None:
                     self._names(run.place)
                     self._recorder.unheard(record, run.kind, now - run.began)
-            self.since = own.began if own is not None else None
+            self.since, self.span = (own.began, own.span) if own is not None else (None, None)
             if second is not None:
                 wasted = next((run.place for run in (*pending, *unheard)), None)
                 self.hedges = (*self.hedges, Hedge(taken is second, wasted))
@@ -437,6 +432,13 @@ class Asking:
             for run in unheard:
                 await _throw_away(run.task.result())
 
+    def _overtaken(self, run: _Run, seconds: float) -> None:
+        self._names(run.place)
+        quicker = CallerGone("Another upstream was quicker.")
+        self._recorder.attempted(self._record, quicker, run.kind, seconds)
+        if run.span is not None:
+            run.span.cut(quicker)
+
 
 class _Run(msgspec.Struct, eq=False):
     """An attempt in a task of its own."""
@@ -445,6 +447,7 @@ class _Run(msgspec.Struct, eq=False):
     kind: AttemptKind
     began: float
     task: asyncio.Task[Answer]
+    span: AttemptSpan | None
 
 
 def _answered(task: asyncio.Task[Answer]) -> bool:

@@ -67,7 +67,7 @@ from service.ports import (
     Target,
     Trace,
 )
-from service.pricing import OVERRIDE, cost_usd
+from service.pricing import OVERRIDE, context_of, cost_usd
 from service.routing.places import Place
 from service.routing.retries import RetryBudget
 from service.routing.routes import Catalogue, Route, failure_of
@@ -362,8 +362,10 @@ class Exchange:
         asking, answer = self._asking, self._answer
         self._address = str  # it knows the request, which knows this: let go of it
         if asking is not None and asking.since is not None and raised is not None:
-            seconds = asyncio.get_running_loop().time() - asking.since
-            self._service.recorder.attempted(record, _told_as(raised), asking.kind, seconds)
+            seconds, error = asyncio.get_running_loop().time() - asking.since, _told_as(raised)
+            self._service.recorder.attempted(record, error, asking.kind, seconds)
+            if asking.span is not None:
+                asking.span.cut(error)
         if answer is not None:
             answer.place.condition.end()
             if isinstance(raised, UpstreamError) and not isinstance(raised, RequestDeadline):
@@ -547,9 +549,8 @@ class Exchange:
 
     def _context(self, route: Route) -> int:
         """Tokens that the provider may put before a request, of what it has kept."""
-        target = route.first
-        known = self._service.prices.context_tokens(target.name, target.upstream.provider)
-        return target.context_tokens or known or LONGEST_HISTORY_TOKENS
+        known = context_of(route.first, self._service.prices)
+        return known if known is not None else LONGEST_HISTORY_TOKENS
 
     def _price(self, target: Target, usage: Usage, response_model: str) -> Cost:
         """By the price that stands at the place or the model in the configuration, else by the table."""

@@ -1,4 +1,4 @@
-"""What looks like a credential: keys, tokens, passwords. One definition for what logs and traces leave out.
+"""What looks like a credential: keys, tokens, passwords. One definition, for logs, traces and callers.
 
 Each pattern takes time in proportion to the text: callers and upstreams write what is searched.
 """
@@ -13,14 +13,16 @@ _BEGINS: Final = r"(?<![A-Za-z0-9])"
 # Whatever stands before it in one word: OPENAI_API_KEY, DB_PASSWORD, client_secret, accessToken.
 _NAME: Final = (
     r"(?<![\w-])[\w-]*(?i:(?:api|access|secret|private|signing)[_-]?key|secret|token|passw(?:or)?d|passphrase"
-    r"|authorization)(?![\w-])"
+    r"|(?P<header>authorization))(?![\w-])"
 )
 # JSON inside JSON has backslashes before its quotes, one more at each level.
 _QUOTE: Final = r"\\{0,8}[\"']"
+# Its schemes are many, and each has a form of its own: `Digest` has quotes after a `=`.
+_HEADER: Final = rf"(?:{_QUOTE})?(?>=(?:{_QUOTE})[^\"'\\\r\n]*{_QUOTE}|[^\"'\\\r\n]){{6,}}"
 _NAMED: Final = (
-    rf"{_NAME}(?:{_QUOTE})?\s{{0,20}}[:=]\s{{0,20}}"
-    rf"(?:(?P<quote>{_QUOTE})[^\"']{{6,200}}?(?P=quote)"
-    rf"|(?:{_QUOTE})?(?i:(?:basic|bearer|digest|token)\s{{1,20}})?[^\s\"',;\\]{{6,}})"
+    rf"{_NAME}(?:{_QUOTE})?\s{{0,20}}[:=]\s{{0,20}}(?(header){_HEADER}"
+    rf"|(?:(?P<quote>{_QUOTE})[^\"']{{6,200}}?(?P=quote)"
+    rf"|(?:{_QUOTE})?(?i:(?:basic|bearer|digest|token)\s{{1,20}})?[^\s\"',;\\]{{6,}}))"
 )
 
 CREDENTIAL: Final = re.compile(
@@ -28,11 +30,12 @@ CREDENTIAL: Final = re.compile(
         (
             r"-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----.*?(?:-----END [A-Z ]{0,40}PRIVATE KEY-----|\Z)",
             _NAMED,
-            r"(?<=://)[^/\s@\"']+(?=@)",  # user and password of an address
-            rf"{_BEGINS}(?i:bearer)\s+[A-Za-z0-9._~+/=-]{{8,}}",
+            r"(?<=://)[^/\s]+(?=@)",  # user and password of an address, with whatever letters
+            rf"{_BEGINS}(?i:bearer)\s+[^\s\"',;\\]{{6,}}",
             rf"{_BEGINS}(?i:basic)\s+[A-Za-z0-9+/]{{6,}}={{1,2}}",  # without the padding it may be a word
             rf"{_BEGINS}eyJ[A-Za-z0-9_-]{{8,}}(?:\.[A-Za-z0-9_-]*){{0,4}}",  # JSON web tokens, cut ones too
-            rf"{_BEGINS}(?:sk|pk|rk|csk)-[A-Za-z0-9_*-]{{8,}}",
+            rf"{_BEGINS}sk-[A-Za-z0-9_*-]{{5,}}",  # providers show the beginning of one that they refuse
+            rf"{_BEGINS}(?:pk|rk|csk)-[A-Za-z0-9_*-]{{8,}}",
             # Names of pods and services begin like Weir's own keys, and have no capitals.
             rf"{_BEGINS}weir-(?=[a-z0-9-]{{0,40}}[A-Z_])[A-Za-z0-9_-]{{8,}}",
             rf"{_BEGINS}(?:xai|pplx|nvapi|glpat)-[\w-]{{16,}}",

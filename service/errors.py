@@ -10,11 +10,11 @@ from __future__ import annotations
 import re
 from typing import Any, ClassVar, Final
 
+from service.credentials import CREDENTIAL
 from service.domain import Outcome, Standing
 
 WORDS_MOST_LETTERS: Final = 2_000
 """Of an upstream's own words."""
-_SECRET: Final = re.compile(r"\bsk-[A-Za-z0-9_*-]{5,}|\b(?i:Bearer)\s+[^\s'\",]+")
 _LABEL: Final = r"[a-z0-9-]{1,63}"
 _PATH: Final = r"(?:/[^\s'\"]*)?"
 _URL: Final = rf"\bhttps?://(?:[^\s/@'\"]+@[^\s/'\"]+|\[[^\s/'\"]+|[\w.-]+:\d+|[\w-]+(?!\.?[\w-])){_PATH}"
@@ -27,10 +27,21 @@ _HOST: Final = (
     rf"(?:\bhttps?://)?(?<![\w.-])(?:localhost|(?:{_LABEL}\.){{1,9}}(?:svc|internal|local|corp|intranet|lan)|{_IPV4})"
     rf"(?![\w-])(?::\d+)?{_PATH}"
 )
-_HOST_WITH_PORT: Final = (
-    rf"(?<![\w.:-])(?:[a-z]{_LABEL}:[1-9]\d{{3,4}}|(?:{_LABEL}\.){{1,9}}[a-z]{_LABEL}:\d{{2,5}})(?!\w){_PATH}"
+_SAID_SO: Final = "|".join(
+    rf"(?<=\b{words} )"
+    for words in (
+        *("host", "tcp", "address", "server", "upstream", "backend", "endpoint"),
+        *("connect to", "connected to", "connecting to", "connection to"),
+    )
 )
-"""Whatever the host. Without a dot in it no `line:42`, and no `gpt-4:0613`."""
+_PORT: Final = r"443|[1-9]\d{3,4}"
+_HOST_WITH_PORT: Final = (
+    rf"(?<![\w.:-])(?:(?:{_SAID_SO})(?:{_LABEL}\.){{0,9}}[a-z]{_LABEL}:(?:80|{_PORT})"
+    rf"|(?:{_LABEL}\.){{1,9}}[a-z]{_LABEL}:(?:{_PORT})|\d{{1,3}}(?:\.\d{{1,3}}){{3}}:\d{{2,5}})(?!\w){_PATH}"
+)
+"""Whatever the host. A name without a dot is one only where the words before say so, and only a usual port
+follows: there are `Error code:40001`, `gemma2:2024`, `messages.0.content:10` and `file.py:12`, too.
+"""
 _IPV6: Final = (
     r"(?<![\w.:-])\[?(?:::1|(?:f[cd][0-9a-f]{2}|fe[89ab][0-9a-f]):[0-9a-f:.]*[0-9a-f])(?:%\w+)?"
     r"(?:\](?::\d+)?)?(?![\w:])"
@@ -315,11 +326,11 @@ class UpstreamProtocolError(UpstreamError):
 
 
 class UpstreamMisconfigured(UpstreamError):
-    """The upstream refused this service's own key or rights: 401 or 403 there is not the caller's."""
+    """The upstream refused this service's own key, rights or account: 401, 402 or 403 is not the caller's."""
 
     code = "upstream_authentication_error"
     retry = False
-    advice = "Tell the operators of this service: its key for the model's provider is refused."
+    advice = "Tell the operators of this service: the model's provider refuses its key, or wants to be paid."
 
 
 class UpstreamTimeout(UpstreamError):
@@ -394,8 +405,9 @@ def without_secrets(words: str, secret: str | None = None) -> str:
     """An upstream's own words, without what looks like a key or like an address of the inside."""
     if secret:
         words = words.replace(secret, "(hidden)")
-    words = _SECRET.sub("(hidden)", words[:WORDS_MOST_LETTERS])
-    return _INSIDE.sub("(hidden)", words)
+    # Cut before too, for it takes time; what is beyond may begin inside a key.
+    words = CREDENTIAL.sub("(hidden)", words[: 2 * WORDS_MOST_LETTERS])
+    return _INSIDE.sub("(hidden)", words)[:WORDS_MOST_LETTERS]
 
 
 def outcome_of(error: WeirError) -> Outcome:

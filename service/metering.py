@@ -41,6 +41,7 @@ _CACHED: Final = ("cached_tokens", "prompt_cache_hit_tokens", "cache_read_input_
 _WRITES: Final = ("cache_write_tokens", "cache_creation_tokens", "cache_creation_input_tokens")
 _BESIDE: Final = frozenset(_CACHED + _WRITES)
 """Fields that some write beside the totals; OpenAI has none there."""
+_RESPONSE_STATES: Final = ("completed", "failed", "incomplete", "in_progress", "queued", "cancelled")
 _COUNTS: Final = tuple(name for name in Usage.__struct_fields__ if name != "source")
 _RESPONSE_ENDS: Final = ("response.completed", "response.incomplete", "response.failed")
 
@@ -123,7 +124,7 @@ def read_answer(body: bytes, secret: str | None = None) -> AnswerFacts:
         whole = _decode_leniently(body)
     except _NOT_JSON:
         raise _no_json() from None
-    if whole.error and whole.choices is None and whole.status is None:
+    if whole.error and not whole.choices and whole.status not in _RESPONSE_STATES:
         raise reported(whole.error, secret)
     return _facts(whole)
 
@@ -199,7 +200,7 @@ class StreamMeter:
         keep_text: bool = False,
         tap: Callable[[bytes], None] | None = None,
     ) -> None:
-        """`tap` gets the data of each good event as the upstream sent it."""
+        """`tap` gets the data of each good event as the upstream sent it; b"" for one of an unusual shape."""
         self._tap = tap
         self._responses = operation is Operation.RESPONSES
         self._hide_usage = hide_usage
@@ -326,16 +327,12 @@ class StreamMeter:
         try:
             chunk = _decode_chunk(data)
         except msgspec.ValidationError:
-            self.events += 1
-            self._note_unusual(data)
-            return event  # an unusual shape: not ours to judge
+            return self._read_unusual(event, data)
         except _NOT_JSON:
             self.error = _no_json()
             return None
         if chunk.error or chunk.type == "error":
-            told = chunk.error or {"message": chunk.message, "code": chunk.code}
-            # Before the first event it is what an HTTP status would have been; later the stream is broken.
-            self.error = (failed_in_words if self.events else reported)(told, self.secret)
+            self.error = self._told(chunk.error or {"message": chunk.message, "code": chunk.code})
             return None
         self.events += 1
         if self._tap is not None:
@@ -368,16 +365,31 @@ class StreamMeter:
             return event
         return _without_usage(event, data) if chunk.choices else None
 
-    def _note_unusual(self, data: bytes) -> None:
-        """What can be counted of a chunk of another shape: Mistral's content may be a list of parts."""
+    def _told(self, error: Any) -> UpstreamError:
+        """Before the first event it is what an HTTP status would have been; later the stream is broken."""
+        return (failed_in_words if self.events else reported)(error, self.secret)
+
+    def _read_unusual(self, event: bytes, data: bytes) -> bytes | None:
+        """A chunk of another shape is not ours to judge: Mistral's content may be a list of parts."""
         try:
             chunk = msgspec.json.decode(data)
         except _NOT_JSON:
-            return
+            self.error = _no_json()
+            return None
         if isinstance(chunk, dict):
-            for text in _texts(chunk.get("choices")):
+            if error := chunk.get("error"):
+                self.error = self._told(error)
+                return None
+            choices = chunk.get("choices")
+            for text in _texts(choices):
                 self._count_letters(text)
+            if self._keep_text:
+                self._text.extend(_answer_texts(choices))
             self._note_usage(chunk.get("usage"))
+        self.events += 1
+        if self._tap is not None:
+            self._tap(b"")
+        return event
 
     def _note_usage(self, value: Any) -> None:
         """Running totals grow, and some servers tell input and output apart: the largest, never a sum."""
@@ -453,6 +465,18 @@ def _texts(value: Any) -> Iterator[str]:
                     waiting.append(part)
 
 
+def _answer_texts(choices: Any) -> Iterator[str]:
+    """The pieces of answer in a chunk's first choice, be its content a string or a list of parts."""
+    for choice in choices if isinstance(choices, list) else ():
+        if isinstance(choice, dict) and choice.get("index") in (None, 0, "0"):
+            delta = choice.get("delta")
+            told = delta.get("content") if isinstance(delta, dict) else choice.get("text")
+            for part in told if isinstance(told, list) else [told]:
+                text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part
+                if isinstance(text, str):
+                    yield text
+
+
 def _data_of(event: bytes) -> bytes | None:
     """The data of one event, its `data:` lines joined; None for comments and empty events."""
     if event.startswith(b"data: ") and b"\n" not in event and b"\r" not in event:
@@ -483,7 +507,7 @@ def _decode_leniently(body: bytes) -> _Whole:
         decoded = None
     if not isinstance(decoded, dict):
         raise _no_json()
-    return _Whole(id=decoded.get("id"), model=decoded.get("model"), usage=decoded.get("usage"))
+    return _Whole(**{name: decoded.get(name) for name in ("id", "error", "model", "usage", "status")})
 
 
 def _without_usage(event: bytes, data: bytes) -> bytes:

@@ -26,7 +26,7 @@ from service.domain import (
     Turn,
     Usage,
 )
-from service.errors import WeirError
+from service.errors import UpstreamError, WeirError
 
 
 class WholeAnswer(msgspec.Struct, frozen=True):
@@ -70,6 +70,10 @@ class Upstream(Protocol):
 
     async def models(self) -> Sequence[dict[str, Any]]:
         """The models that the upstream lists, as OpenAI's model objects."""
+        ...
+
+    def note(self, key: str | None, error: UpstreamError) -> None:
+        """Learn that a call with `key` was answered with an error in words, below a status of 200."""
         ...
 
     async def close(self) -> None: ...
@@ -320,7 +324,7 @@ class Step(Protocol):
 
 
 class AttemptSpan(Protocol):
-    """The span of one attempt at an upstream. It ends once: by `failed`, or by `done`."""
+    """The span of one attempt at an upstream. It ends once: by `failed`, `cut` or `done`."""
 
     @property
     def headers(self) -> tuple[tuple[str, str], ...]:
@@ -335,7 +339,11 @@ class AttemptSpan(Protocol):
         """The whole answer, or a stream's first event, is there."""
         ...
 
-    def failed(self, error: BaseException) -> None: ...
+    def failed(self, error: Exception) -> None: ...
+
+    def cut(self, error: WeirError) -> None:
+        """Nobody waited for its end any more, for the reason that `error` is."""
+        ...
 
     def done(self, record: RequestRecord | None) -> None:
         """The answer is over: that of `record`, or with None one that nobody took."""

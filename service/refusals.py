@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Any, Final
 
 from service.errors import (
@@ -15,18 +16,39 @@ from service.errors import (
     without_secrets,
 )
 
-_STATUSES: Final = {
-    "context_length_exceeded": 400,
-    "string_above_max_length": 400,
-    "content_filter": 400,
-    "content_policy_violation": 400,
-    "invalid_prompt": 400,
-    "invalid_request_error": 400,
-    "insufficient_quota": 429,
-    "rate_limit_error": 429,
-    "rate_limit_exceeded": 429,
+
+class Failure(StrEnum):
+    """Why a model could not answer, as far as another model may help."""
+
+    CONTEXT_LENGTH = "context_length"
+    CONTENT_FILTER = "content_filter"
+    RATE_LIMIT = "rate_limit"
+    UNAVAILABLE = "unavailable"
+
+
+_MEANINGS: Final[dict[str, tuple[int, Failure | None]]] = {
+    "context_length_exceeded": (400, Failure.CONTEXT_LENGTH),
+    "string_above_max_length": (400, Failure.CONTEXT_LENGTH),
+    "content_filter": (400, Failure.CONTENT_FILTER),
+    "content_policy_violation": (400, Failure.CONTENT_FILTER),
+    "invalid_prompt": (400, None),
+    # The `type` of many codes that parameters have, and of those of an account, which are listed for that.
+    "invalid_request_error": (400, None),
+    "BadRequestError": (400, None),
+    "invalid_api_key": (401, None),
+    "authentication_error": (401, None),
+    "account_deactivated": (401, None),
+    "mismatched_organization": (401, None),
+    "no_organization": (401, None),
+    "billing_error": (402, None),
+    "permission_error": (403, None),
+    "insufficient_quota": (429, None),
+    "rate_limit_error": (429, None),
+    "rate_limit_exceeded": (429, None),
 }
-"""By the `code` or `type` of an error without a status; whatever else is a fault of the upstream."""
+"""By the `code` or `type` of an error: the status that belongs to it, and whether another model may do."""
+_TOO_LONG: Final = ("context length", "context window", "maximum context", "too many tokens")
+"""Words of servers whose errors have no code of their own: as `context_length_exceeded`."""
 
 
 def refusal(
@@ -79,14 +101,28 @@ def cleaned(error: Any, secret: str | None) -> dict[str, Any]:
     }
 
 
+def asked_too_much(detail: dict[str, Any]) -> Failure | None:
+    """Why another model may answer a request that was refused with this `detail`; None if none would."""
+    for name in ("code", "type"):
+        _, failure = _MEANINGS.get(str(detail.get(name)), (0, None))
+        if failure is not None:
+            return failure
+    return Failure.CONTEXT_LENGTH if _is_too_long(detail) else None
+
+
+def _is_too_long(detail: dict[str, Any]) -> bool:
+    message = str(detail.get("message")).lower()
+    return any(words in message for words in _TOO_LONG)
+
+
 def _status_of(detail: dict[str, Any]) -> int | None:
     for name in ("status", "code", "type"):
         value = detail.get(name)
         if isinstance(value, str):
-            value = int(value) if value.isascii() and value.isdigit() else _STATUSES.get(value)
+            value = int(value) if value.isascii() and value.isdigit() else _MEANINGS.get(value, (None,))[0]
         if isinstance(value, int) and 400 <= value < 600:  # OpenRouter numbers its codes by statuses
             return value
-    return None
+    return 400 if _is_too_long(detail) else None
 
 
 _FAULTS: Final[dict[int, tuple[type[UpstreamError], str]]] = {

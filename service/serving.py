@@ -135,10 +135,25 @@ class Serving:
         clients = await asyncio.to_thread(_clients, configuration, before.clients)
         others = [name for name, client in before.clients.items() if clients.get(name) is not client]
         shared = self._shared
+        prices, keys = price_table(configuration), authenticator(configuration)
+        accounts = shared.accounts.under(rulebook(configuration))
+        # After all that may fail: a catalogue tells the upstreams that stay what is new of them.
         with shared.conditions.forgetting(others):
             upstreams = {name: client.upstream for name, client in clients.items()}
             catalogue = make_catalogue(configuration, upstreams, shared.conditions, shared.cache)
-            snapshot = self._snapshot(configuration, clients, catalogue, before.service)
+            service = before.service.under(
+                catalogue=catalogue,
+                prices=prices,
+                accounts=accounts,
+                cache=shared.answers if wants_cache(configuration) else None,
+            )
+            snapshot = Snapshot(
+                configuration,
+                service=service,
+                dialogue=make_dialogue(configuration, shared.conversations, service),
+                authenticator=keys,
+                clients=clients,
+            )
         self._swap(snapshot)
         catalogue.forget_others()
 
@@ -148,29 +163,6 @@ class Serving:
             self._close(self._open.pop())
         while self._closing:
             await asyncio.wait(self._closing)
-
-    def _snapshot(
-        self,
-        configuration: Configuration,
-        clients: Mapping[str, Client],
-        catalogue: ModelCatalogue,
-        service: ChatService,
-    ) -> Snapshot:
-        shared = self._shared
-        prices = price_table(configuration)
-        renewed = service.under(
-            catalogue=catalogue,
-            prices=prices,
-            accounts=shared.accounts.under(rulebook(configuration)),
-            cache=shared.answers if wants_cache(configuration) else None,
-        )
-        return Snapshot(
-            configuration,
-            service=renewed,
-            dialogue=make_dialogue(configuration, shared.conversations, renewed),
-            authenticator=authenticator(configuration),
-            clients=clients,
-        )
 
     def _swap(self, snapshot: Snapshot) -> None:
         before, self.now = self.now, snapshot
@@ -230,10 +222,7 @@ def rulebook(configuration: Configuration) -> Rulebook:
 def price_table(configuration: Configuration) -> PriceBook:
     named = [(name, model) for model in configuration.file.models for name in (model.name, *model.aliases)]
     return PriceTable(
-        overrides={
-            name: Price(**model.price.model_dump()) for name, model in named if model.price is not None
-        },
-        contexts={name: model.context_tokens for name, model in named if model.context_tokens is not None},
+        {name: Price(**model.price.model_dump()) for name, model in named if model.price is not None}
     )
 
 

@@ -93,7 +93,7 @@ class Assembler(Protocol):
     """Makes the whole answer of a stream, event by event."""
 
     def feed(self, data: bytes) -> None:
-        """Take the data of the stream's next event."""
+        """Take the data of the stream's next event; b"" for one of which nobody knows what it adds."""
         ...
 
     def whole(self) -> bytes | None:
@@ -231,6 +231,8 @@ class CompletionAssembler:
                 self._room -= len(value)
                 if known is None:
                     into[name] = _Text((value,))
+                elif not isinstance(known, _Text):
+                    raise TypeError("a text goes on from what is none")
                 elif not (name == "name" and known == [value]):  # some servers repeat it in each piece
                     known.append(value)
             elif isinstance(value, dict):

@@ -15,9 +15,10 @@ from service.config import Configuration, FallbackConfig, ModelConfig, PlaceConf
 from service.domain import Price, Principal
 from service.errors import ModelNotFound, WeirError
 from service.ports import Target, Upstream
+from service.refusals import Failure
 from service.routing.breaker import Breaker, Circuit
 from service.routing.places import Condition, Peer, Place
-from service.routing.routes import Failure, Route
+from service.routing.routes import Route
 
 LIST_SECONDS: Final = 3.0
 """For an upstream's list of models, where there are other models to show."""
@@ -65,9 +66,12 @@ class Conditions:
             self._configured[key] = known
             return known
         self._made_up[key] = known
-        if len(self._made_up) > self.most_made_up:
-            self._retire(*self._made_up.popitem(last=False))
+        self._forget_oldest()
         return known
+
+    def _forget_oldest(self) -> None:
+        while len(self._made_up) > self.most_made_up:
+            self._retire(*self._made_up.popitem(last=False))
 
     def used(self, places: Sequence[Place]) -> None:
         """A call goes to one of them: of names that callers have made up these are the youngest again."""
@@ -111,6 +115,7 @@ class Conditions:
                 self._retire(key, condition)
             elif not made_up:
                 self._made_up[key] = condition
+        self._forget_oldest()
 
     def _retire(self, key: tuple[str, str], condition: Condition) -> None:
         """Nobody asks for it any more: who heard that its circuit is open hears that it is not."""

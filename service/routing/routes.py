@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from enum import StrEnum
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 from service.domain import Principal
 from service.errors import (
@@ -15,27 +14,9 @@ from service.errors import (
     UpstreamUnavailable,
 )
 from service.ports import Target
+from service.refusals import Failure, asked_too_much
 from service.routing.breaker import Cause, Circuit
 from service.routing.places import Place, Strategy, choose
-
-
-class Failure(StrEnum):
-    """Why a model could not answer, as far as another model may help."""
-
-    CONTEXT_LENGTH = "context_length"
-    CONTENT_FILTER = "content_filter"
-    RATE_LIMIT = "rate_limit"
-    UNAVAILABLE = "unavailable"
-
-
-_CODES: Final = {
-    "context_length_exceeded": Failure.CONTEXT_LENGTH,
-    "string_above_max_length": Failure.CONTEXT_LENGTH,
-    "content_filter": Failure.CONTENT_FILTER,
-    "content_policy_violation": Failure.CONTENT_FILTER,
-}
-_WORDS: Final = ("context length", "context window", "maximum context", "too many tokens")
-"""Of servers whose errors have no code of their own."""
 
 
 class Route:
@@ -77,7 +58,7 @@ class Route:
         """What a caller is told when no place may be asked just now."""
         seconds = min(place.condition.breaker.open_seconds for place in self.places)
         breakers = [place.condition.breaker for place in self.places]
-        if all(b.state is Circuit.OPEN and b.cause is Cause.ASKED for b in breakers):
+        if all(b.state is not Circuit.CLOSED and b.cause is Cause.ASKED for b in breakers):
             return UpstreamRateLimited(
                 "The model's provider limits the rate of requests.", retry_after_seconds=max(seconds, 1.0)
             )
@@ -110,10 +91,7 @@ def failure_of(error: UpstreamError) -> Failure | None:
     if isinstance(error, UpstreamRateLimited):
         return Failure.RATE_LIMIT
     if isinstance(error, UpstreamRejected):
-        detail = error.body()["error"]
-        known = _CODES.get(str(detail.get("code")))
-        if known is None and any(words in str(detail.get("message")).lower() for words in _WORDS):
-            known = Failure.CONTEXT_LENGTH
+        known = asked_too_much(error.body()["error"])
         # A request that may go through later is not what is wrong.
         return Failure.UNAVAILABLE if known is None and error.retry else known
     return None if isinstance(error, RequestDeadline) else Failure.UNAVAILABLE

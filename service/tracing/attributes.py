@@ -10,7 +10,7 @@ import msgspec
 
 from service.config import Configuration
 from service.domain import AttemptKind, Call, Outcome, RequestRecord, UsageSource
-from service.errors import WeirError
+from service.errors import WeirError, outcome_of
 from service.ports import Target
 
 Attributes: TypeAlias = dict[str, Any]
@@ -115,7 +115,7 @@ def of_exchange(record: RequestRecord) -> Attributes:
 def of_error(error: BaseException) -> tuple[Outcome, str]:
     """How an error is booked, and its `error.type`."""
     if isinstance(error, WeirError):
-        return error.outcome, error.code
+        return outcome_of(error), error.code
     if isinstance(error, Exception):
         return Outcome.INTERNAL_ERROR, WeirError.code
     return Outcome.CLIENT_DISCONNECTED, "cancelled"

@@ -19,6 +19,7 @@ from opentelemetry.context import Context
 from opentelemetry.trace import Span, SpanContext, SpanKind, Status, StatusCode, Tracer, set_span_in_context
 
 from service.domain import FAULTS, AttemptKind, Call, Outcome, RequestRecord
+from service.errors import WeirError
 from service.ports import StreamedAnswer, Target, WholeAnswer
 from service.tracing import attributes as told
 from service.tracing.content import Content, Heard
@@ -199,14 +200,17 @@ class Attempt:
         if self._ended_at is None:
             self._first_chunk = time.perf_counter() - self._started
 
-    def failed(self, error: BaseException) -> None:
+    def failed(self, error: Exception) -> None:
         if self._open is not None:
             outcome, code = told.of_error(error)
             self._span.set_attribute("weir.attempt.outcome", outcome.value)
-            if not isinstance(error, Exception):
-                self._span.set_attribute("weir.attempt.given_up", True)
             _fail(self._span, outcome, code, server=False)
             self._end(None)
+
+    def cut(self, error: WeirError) -> None:
+        if self._open is not None:
+            self._span.set_attribute("weir.attempt.given_up", True)
+            self.failed(error)
 
     def done(self, record: RequestRecord | None) -> None:
         if self._open is None:

@@ -88,7 +88,7 @@ class DirectUpstream:
         response = await self._request("POST", self._urls[call.operation], headers, call.body)
         try:
             if response.status != 200:
-                raise self._noted(key, await self._rejection(response, key))
+                raise await self._rejection(response, key)
             check_content_type(
                 response.headers.get("Content-Type", ""), stream=call.stream, status=response.status
             )
@@ -108,7 +108,7 @@ class DirectUpstream:
         response = await self._request("GET", URL(f"{self._base_url}/models"), headers, None)
         try:
             if response.status != 200:
-                raise self._noted(key, await self._rejection(response, key))
+                raise await self._rejection(response, key)
             body = await _read_whole(response)
         finally:
             response.close()
@@ -124,6 +124,13 @@ class DirectUpstream:
             return False
         response.close()
         return response.status == 200
+
+    def note(self, key: str | None, error: UpstreamError) -> None:
+        """A key that is refused or limited rests; with another one the call may go again at once."""
+        if isinstance(error, UpstreamMisconfigured):
+            error.at_once = self._keys.rest(key, REFUSED_SECONDS)
+        elif isinstance(error, UpstreamRateLimited):
+            error.at_once = self._keys.rest(key, error.retry_after_seconds or LIMITED_SECONDS)
 
     async def close(self) -> None:
         if self._session is not None:
@@ -170,14 +177,6 @@ class DirectUpstream:
         headers["Authorization"] = f"Bearer {key}"
         return headers
 
-    def _noted(self, key: str | None, error: UpstreamError) -> UpstreamError:
-        """A key that is refused or limited rests; with another one the call may go again at once."""
-        if isinstance(error, UpstreamMisconfigured):
-            error.at_once = self._keys.rest(key, REFUSED_SECONDS)
-        elif isinstance(error, UpstreamRateLimited):
-            error.at_once = self._keys.rest(key, error.retry_after_seconds or LIMITED_SECONDS)
-        return error
-
     async def _rejection(self, response: aiohttp.ClientResponse, key: str | None) -> UpstreamError:
         body = b""
         try:
@@ -186,13 +185,15 @@ class DirectUpstream:
                     body += more
         except (TimeoutError, aiohttp.ClientError, ConnectionError):
             pass  # the status says enough
-        return rejection(
+        error = rejection(
             response.status,
             body,
             retry_after=response.headers.get("Retry-After"),
             request_id=clean_request_id(response.headers.get(REQUEST_ID_HEADER)),
             secret=key,
         )
+        self.note(key, error)
+        return error
 
 
 class _Stream:

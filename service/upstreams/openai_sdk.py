@@ -99,6 +99,9 @@ class OpenAISDKUpstream:
             raise unreachable("it closed the connection") from None
         return read_models(response.content)
 
+    def note(self, key: str | None, error: UpstreamError) -> None:
+        """Its one key never rests."""
+
     async def close(self) -> None:
         await self._client.close()
 

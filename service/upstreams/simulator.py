@@ -26,7 +26,7 @@ from typing import Any, Final
 import msgspec
 
 from service.domain import Call, Operation
-from service.errors import UpstreamRejected
+from service.errors import UpstreamError, UpstreamRejected
 from service.ports import StreamedAnswer, WholeAnswer
 from service.tokens import estimate_request
 from service.upstreams import simulated
@@ -88,6 +88,8 @@ class SimulatorUpstream:
 
     async def models(self) -> Sequence[dict[str, Any]]:
         return [{"id": model, "object": "model", "created": 0, "owned_by": NAME} for model in MODELS]
+
+    def note(self, key: str | None, error: UpstreamError) -> None: ...
 
     async def close(self) -> None: ...
 

@@ -515,14 +515,22 @@ def key_files(folder: Path, *keys: str) -> dict[str, Any]:
     return {"api_keys": sources}
 
 
-@pytest.mark.parametrize("bad", ["sk-a-429", "sk-a-401"])
+@pytest.mark.parametrize(
+    ("model", "bad", "stream"),
+    [
+        ("by-key", "sk-a-429", False),
+        ("by-key", "sk-a-401", False),
+        ("by-key-200", "sk-a-429", True),
+        ("by-key-200", "sk-a-401", False),
+    ],
+)
 def test_a_key_that_is_limited_or_refused_rests_and_another_is_used_at_once(
-    one: FakeUpstream, two: FakeUpstream, tmp_path: Path, bad: str
+    one: FakeUpstream, two: FakeUpstream, tmp_path: Path, model: str, bad: str, stream: bool
 ) -> None:
     pool = key_files(tmp_path, bad, "sk-b", "sk-c")
-    with weir_with(one, two, places("by-key"), upstream=pool) as weir:
+    with weir_with(one, two, places(model), upstream=pool) as weir:
         for _ in range(6):
-            answer = ask(weir)
+            answer = ask(weir, stream=stream)
             assert answer.status_code == 200
         used = Counter(request.headers["authorization"] for request in one.requests)
         assert used[f"Bearer {bad}"] == 1
@@ -530,7 +538,7 @@ def test_a_key_that_is_limited_or_refused_rests_and_another_is_used_at_once(
         assert two.calls == []
         assert [record.attempts for record in weir.records(6)] == [2, 1, 1, 1, 1, 1]
         assert attempts(weir, "retry", "one") == 1
-        assert condition(weir, "one", "by-key").breaker.state is Circuit.CLOSED
+        assert condition(weir, "one", model).breaker.state is Circuit.CLOSED
 
 
 def test_when_all_keys_rest_the_next_upstream_is_asked(

@@ -79,6 +79,13 @@ def outcomes(spans: list[Span]) -> list[tuple[str, str, str]]:
     return [(*told, span.status) for told, span in zip(attributes, spans, strict=True)]
 
 
+def booked(weir: RunningWeir) -> list[str]:
+    """The outcomes in `weir_upstream_attempts_total`."""
+    families = (f for f in weir.registry.collect() if f.name == "weir_upstream_attempts")
+    samples = (sample for family in families for sample in family.samples)
+    return [sample.labels["outcome"] for sample in samples if sample.value and sample.name.endswith("_total")]
+
+
 # -- the spans of a request ----------------------------------------------------------------------
 
 
@@ -308,6 +315,7 @@ def test_of_two_attempts_at_a_time_each_is_a_span(
     ("model", "stream", "status", "error", "of_root", "of_attempt"),
     [
         ("status-400", False, 400, "upstream_rejected", "UNSET", "ERROR"),
+        ("status-408", False, 408, "upstream_rejected", "ERROR", "ERROR"),
         ("status-429", False, 429, "rate_limit_exceeded", "UNSET", "ERROR"),
         ("status-500", True, 502, "openai_service_error", "ERROR", "ERROR"),
         ("hang", False, 504, "api_timeout", "ERROR", "ERROR"),
@@ -333,7 +341,8 @@ def test_the_status_of_a_span_is_by_its_outcome(
     assert root.attributes["http.response.status_code"] == status
     assert (root.status, attempt.status) == (of_root, of_attempt)
     assert root.attributes["error.type"] == attempt.attributes["error.type"] == record.error_code == error
-    assert root.attributes["weir.outcome"] == record.outcome
+    assert root.attributes["weir.outcome"] == attempt.attributes["weir.attempt.outcome"] == record.outcome
+    assert booked(weir) == [record.outcome if status != 200 else "success"], "which has no end of a stream"
 
 
 def test_what_never_reaches_a_model_has_a_span_and_no_name_of_the_callers(
@@ -381,12 +390,18 @@ def test_a_caller_who_leaves_ends_all_spans_once(
     root, (attempt,) = root_of(collector.spans), attempts_of(collector.spans)
     assert names(below(collector.spans, root)) == ["reserve", f"chat {model}", "settle"]
     assert outcomes([attempt]) == [("first", "client_disconnected", "UNSET")]
+    assert attempt.attributes["error.type"] == "client_disconnected"
+    assert attempt.attributes.get("weir.attempt.given_up") == (True if model == "hang" else None)
+    assert booked(weir) == ["client_disconnected" if model == "hang" else "success"]
     assert (root.status, root.attributes["weir.outcome"]) == ("UNSET", "client_disconnected")
 
 
-@pytest.mark.parametrize("model", ["hang", "stall"])
+@pytest.mark.parametrize(
+    ("model", "outcome", "counted"),
+    [("hang", "internal_error", "internal_error"), ("stall", "stream_truncated", "success")],
+)
 def test_what_the_drain_cuts_off_has_its_spans(
-    collector: FakeCollector, upstream: FakeUpstream, model: str
+    collector: FakeCollector, upstream: FakeUpstream, model: str, outcome: str, counted: str
 ) -> None:
     with ThreadPoolExecutor(1) as callers:
         with traced(collector, upstream, drain_timeout=0, openai_timeout=60, stream_idle_timeout=60) as weir:
@@ -400,6 +415,11 @@ def test_what_the_drain_cuts_off_has_its_spans(
     root = root_of(collector.spans)
     assert names(below(collector.spans, root)) == ["reserve", f"chat {model}", "settle"]
     assert root.status == "ERROR"
+    (attempt,) = attempts_of(collector.spans)
+    assert outcomes([attempt]) == [("first", outcome, "ERROR")]
+    assert attempt.attributes["error.type"] == root.attributes["error.type"] == "server_shutting_down"
+    assert attempt.attributes.get("weir.attempt.given_up") == (True if model == "hang" else None)
+    assert booked(weir) == [counted]
 
 
 @pytest.mark.parametrize("content", ["no_content", "span_only"])

@@ -36,6 +36,7 @@ error-200-NNN       The same with an error whose code is the number NNN.
 filtered            400 with the code content_filter.
 by-key              A key that ends with -429 or -401 gets that status (429 with ``Retry-After: 7``); others a
                     good answer.
+by-key-200          The same with OpenAI's words below a status of 200, as error-200-NNN has them.
 flaky-N             The first N calls of that model get 503, later ones a good answer.
 flaky-after-N       The first N calls of that model get 429 with ``Retry-After: 1``.
 flaky-reset-N       The first N calls of that model get a TCP reset after the request was read.
@@ -943,6 +944,17 @@ async def by_key(x: Exchange) -> None:
         await status_after(x, 429)
     elif key.endswith("-401"):
         await status(x, 401)
+    else:
+        await x.answer()
+
+
+@behaviour("by-key-200")
+async def by_key_with_200(x: Exchange) -> None:
+    key = x.call.request.headers.get("authorization", "")
+    if key.endswith("-429"):
+        await _error_with_200(x, "Fake 429: slow down.", "rate_limit_exceeded")
+    elif key.endswith("-401"):
+        await _error_with_200(x, "Fake 401: incorrect key.", "invalid_api_key")
     else:
         await x.answer()
 

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from service.domain import AttemptKind, Call, Cost, Operation, Principal, RequestRecord, Standing, Usage
-from service.errors import WeirError
+from service.errors import UpstreamError, WeirError
 from service.ports import Demand, Reservation, StreamedAnswer, Target, Upstream, WholeAnswer
 from service.routing.breaker import Breaker
 from service.routing.places import Condition, Peer, Place
@@ -89,6 +89,8 @@ class ScriptedUpstream:
 
     async def models(self) -> Sequence[dict[str, Any]]:
         return []
+
+    def note(self, key: str | None, error: UpstreamError) -> None: ...
 
     async def close(self) -> None: ...
 

@@ -263,13 +263,31 @@ def test_a_null_error_is_no_error() -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [b"{half", b"Internal Server Error", b'{"id":"\xff"}', b'{"usage":' + b"[" * 100_000]
+    "data",
+    [
+        b"{half",
+        b"Internal Server Error",
+        b'{"id":"\xff"}',
+        b'{"usage":' + b"[" * 100_000,
+        b'{"choices":7,"id":',
+    ],
 )
 @pytest.mark.parametrize("hide", [True, False])
 def test_data_that_is_not_json_is_an_error(data: bytes, hide: bool) -> None:
     meter = StreamMeter(Operation.CHAT, hide_usage=hide)
     assert meter.feed(b"data: " + data + b"\n\n") == b""
     assert type(meter.error) is UpstreamProtocolError
+
+
+@pytest.mark.parametrize("beside", [{"choices": "x"}, {"choices": [{"index": "0", "delta": {}}]}])
+def test_an_error_in_an_event_of_an_unusual_shape_is_one(beside: dict[str, Any]) -> None:
+    event = {"error": {"message": "Slow down.", "code": 429}, **beside}
+    meter = StreamMeter(Operation.CHAT)
+    assert meter.feed(sse(event)) == b""
+    assert (meter.events, type(meter.error)) == (0, UpstreamRateLimited)
+    meter = StreamMeter(Operation.CHAT)
+    assert meter.feed(sse(delta("Hi"), event, delta("late"))) == sse(delta("Hi"))
+    assert type(meter.error) is UpstreamError
 
 
 @pytest.mark.parametrize("data", ["[]", '"text"', "7", '{"choices":"none"}', '{"choices":[{"index":"x"}]}'])
@@ -514,6 +532,21 @@ def test_usage_is_read_in_a_chunk_of_an_unusual_shape_too() -> None:
     assert meter_of(sse(parts, "[DONE]")).usage == Usage(11, 7)
 
 
+def test_of_a_chunk_of_an_unusual_shape_the_answers_text_is_kept() -> None:
+    thinking = {"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]}
+    parts = [thinking, {"type": "text", "text": "NOT "}, {"type": "reference", "reference_ids": [1]}]
+
+    def unusual(said: dict[str, Any], index: Any = 0) -> dict[str, Any]:
+        return {"choices": [{"index": index, "delta": said}, "?"]}
+
+    meter = meter_of(
+        sse(delta("The answer "), unusual({"content": "is "}, "0"), unusual({"content": parts})),
+        sse(unusual({"content": parts}, 1), unusual({"tool_calls": {}}), unusual({"content": None})),
+        sse({"choices": [{"index": 0, "delta": "?"}]}, delta("true."), "[DONE]"),
+    )
+    assert meter.take_text() == "The answer is NOT true."
+
+
 @pytest.mark.parametrize("name", ["content", "reasoning_content", "reasoning"])
 def test_a_thought_is_output_as_a_word_is(name: str) -> None:
     """What comes first to the reader: the time to the first token ends with it."""
@@ -576,6 +609,26 @@ def test_what_is_no_json_object_is_no_answer(body: bytes) -> None:
         ({"message": "Slow down.", "code": 429}, UpstreamRateLimited, "limits the rate"),
         ({"message": "Slow down.", "type": "rate_limit_error"}, UpstreamRateLimited, "limits the rate"),
         ({"message": "Bad key.", "code": 401}, UpstreamMisconfigured, "credentials"),
+        (
+            {"message": "Bad key.", "type": "invalid_request_error", "code": "invalid_api_key"},
+            UpstreamMisconfigured,
+            "credentials",
+        ),
+        (
+            {"message": "Gone.", "type": "invalid_request_error", "code": "account_deactivated"},
+            UpstreamMisconfigured,
+            "credentials",
+        ),
+        ({"message": "Bad key.", "type": "authentication_error"}, UpstreamMisconfigured, "(401)"),
+        ({"message": "No.", "type": "permission_error", "code": None}, UpstreamMisconfigured, "(403)"),
+        ({"message": "Pay.", "type": "billing_error"}, UpstreamMisconfigured, "(402)"),
+        (
+            {"message": "No.", "type": "invalid_request_error", "code": "unsupported_parameter"},
+            UpstreamRejected,
+            "No.",
+        ),
+        ({"message": "No.", "type": "BadRequestError"}, UpstreamRejected, "No."),
+        ({"message": "The maximum context length is 8192."}, UpstreamRejected, "8192"),
         ({"message": "Overloaded.", "code": "503"}, UpstreamUnavailable, "503"),
         ({"message": "Boom.", "code": 502}, UpstreamError, "failed (502)"),
         ({"message": "Boom with sk-secret.", "code": "server_error"}, UpstreamError, "Boom with (hidden)."),
@@ -607,6 +660,15 @@ def test_an_answer_that_tells_of_an_error_too_is_an_answer() -> None:
     failed = {"id": "r-1", "status": "failed", "error": {"code": "rate_limit_exceeded"}, "usage": usage}
     assert read_answer(dumps(failed).encode()).usage is not None
     assert read_answer(b'{"error":null,"data":[]}').usage is None
+    assert read_answer(b'{"error":{"message":"Slow."},"choices":[{"finish_reason":"error"}]}').usage is None
+
+
+@pytest.mark.parametrize(
+    "beside", [{"status": 500}, {"status": "error"}, {"choices": []}, {"choices": None}, {"choices": "x"}]
+)
+def test_an_error_is_no_answer_whatever_stands_beside_it(beside: dict[str, Any]) -> None:
+    with pytest.raises(UpstreamRateLimited):
+        read_answer(dumps({"error": {"message": "Slow down.", "code": 429}, **beside}).encode())
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,8 @@ def test_the_key_is_taken_out_of_every_message() -> None:
     [
         ("Incorrect API key provided: sk-abcde***xyz9.", "Incorrect API key provided: (hidden)."),
         ("'Bearer abc.def' is refused", "'(hidden)' is refused"),
+        ("gsk_abcdefghijklmnop1234, xai-abcdefghijklmnop1234", "(hidden), (hidden)"),
+        ("AIza" + "x" * 35 + " or api_key=abcdefgh is bad", "(hidden) or (hidden) is bad"),
         ("Cannot connect to http://10.0.3.7:8000/v1/chat.", "Cannot connect to (hidden)"),
         ("dial tcp 192.168.1.20:443: refused", "dial tcp (hidden): refused"),
         ("no route to 172.20.0.5, nor to 127.0.0.1", "no route to (hidden), nor to (hidden)"),
@@ -104,7 +106,19 @@ def test_the_key_is_taken_out_of_every_message() -> None:
         ("lost [::1]:8000, http://[fd00::2]:80/v1, fe80::1%eth0", "lost (hidden), (hidden) (hidden)"),
         ("100.64.3.7:8000, 0.0.0.0:80, 100.128.0.1", "(hidden), (hidden), 100.128.0.1"),
         ("http://me:word@example.com/v1 says no", "(hidden) says no"),
-        ("line:42, gpt-4:0613, max_tokens:4096", "line:42, gpt-4:0613, max_tokens:4096"),
+        ("dial tcp gpu:80; connecting to gpu.models:80", "dial tcp (hidden); connecting to (hidden)"),
+        ("upstream llm-1:8000/v1 and 93.184.216.34:8000", "upstream (hidden) and (hidden)"),
+        *(
+            (words, words)
+            for words in (
+                "line:42, gpt-4:0613, max_tokens:4096",
+                "tokens:4096, line:1234, gemma2:2024",
+                "messages.0.content:10 and input.text:25 are bad",
+                "file.py:12, us.anthropic.claude-3:20",
+                "Error code:40001, upstream status:502, host temperature:10",
+                "Send a Bearer token to https://api.example.com/v1 or 93.184.216.34",
+            )
+        ),
         (
             '[{"loc":["a"],"ctx":{"le":4096}}], a[0:2], 12:30:15',
             '[{"loc":["a"],"ctx":{"le":4096}}], a[0:2], 12:30:15',
@@ -122,7 +136,8 @@ def test_an_upstreams_words_are_shown_without_keys_and_addresses_of_the_inside(
 
 
 def test_words_made_to_be_slow_are_read_quickly() -> None:
-    for words in ("a." * 100_000, "a" * 100_000, "sk-" * 100_000, "10." * 100_000, "http://" * 100_000):
+    for piece in ("a.", "a", "sk-", "10.", "http://", "host a.", "connect to a:80"):
+        words = piece * 100_000
         began = time.process_time()
         without_secrets(words)
         assert time.process_time() - began < 1.0
@@ -131,6 +146,11 @@ def test_words_made_to_be_slow_are_read_quickly() -> None:
 def test_a_message_without_end_is_cut() -> None:
     body = json.dumps({"error": {"message": "x" * 50_000}}).encode()
     assert len(of(400, body).message) == WORDS_MOST_LETTERS
+
+
+def test_a_key_at_the_cut_is_hidden() -> None:
+    words = "-" * (WORDS_MOST_LETTERS - 10) + " AIza" + "x" * 35
+    assert without_secrets(words).endswith(" (hidden)")
 
 
 @pytest.mark.parametrize(

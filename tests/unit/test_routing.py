@@ -26,6 +26,7 @@ from service.errors import (
     UpstreamUnavailable,
 )
 from service.ports import Target
+from service.refusals import Failure
 from service.routing.breaker import PAUSE_MOST_SECONDS, Breaker, Cause, Circuit
 from service.routing.catalogue import MOST_MADE_UP, Conditions, ModelCatalogue, matches
 from service.routing.keys import KeyPool
@@ -42,7 +43,7 @@ from service.routing.places import (
 )
 from service.routing.probing import Prober
 from service.routing.retries import SAVED, RetryBudget
-from service.routing.routes import Failure, Route, failure_of
+from service.routing.routes import Route, failure_of
 from service.telemetry import Metrics
 from service.upstreams.making import make_upstreams
 from tests.running import configuration
@@ -518,6 +519,17 @@ def test_with_every_call_failing_at_most_a_tenth_more_is_asked() -> None:
     assert 850 < repeats < 1_000
 
 
+def test_a_repeat_that_was_not_made_is_there_for_others() -> None:
+    budget = RetryBudget()
+    while budget.take():
+        pass
+    budget.give_back()
+    assert [budget.take(), budget.take()] == [True, False]
+    for _ in range(2 * int(SAVED)):
+        budget.give_back()
+    assert sum(1 for _ in iter(budget.take, False)) == SAVED
+
+
 def test_keys_are_taken_in_turn() -> None:
     pool = KeyPool(["a", "b", "c"])
     assert [pool.take() for _ in range(5)] == ["a", "b", "c", "a", "b"]
@@ -591,6 +603,17 @@ def test_what_a_caller_is_told_when_nobody_may_be_asked() -> None:
     assert "as many calls as they may" in full.message
 
 
+def test_who_asks_for_time_limits_the_rate_until_a_call_has_found_it_well() -> None:
+    places = [place(A), place(B)]
+    for one in places:
+        one.condition.breaker.open_for(0, Cause.ASKED)
+    tickets = [one.condition.begin() for one in places]
+    route = Route("m", places)
+    assert isinstance(route.closed(), UpstreamRateLimited), "somebody finds out"
+    places[0].condition.breaker.failed(tickets[0])
+    assert isinstance(route.closed(), UpstreamUnavailable)
+
+
 def test_a_route_sticks_only_where_it_is_told_to() -> None:
     places = [place(A), place(B)]
     sticky, loose = Route("m", places, sticky=True), Route("m", places)
@@ -624,6 +647,7 @@ def rejected(code: Any = None, message: str = "no", status: int = 400) -> Upstre
         (rejected("content_policy_violation"), Failure.CONTENT_FILTER),
         (rejected(None, "This model's maximum context length is 8192 tokens."), Failure.CONTEXT_LENGTH),
         (rejected(400, "the prompt exceeds the Context Window"), Failure.CONTEXT_LENGTH),
+        (UpstreamRejected(400, {"type": "context_length_exceeded", "code": None}), Failure.CONTEXT_LENGTH),
     ],
 )
 def test_what_kind_of_failure_it_is(error: UpstreamError, failure: Failure | None) -> None:
@@ -710,7 +734,7 @@ def test_made_up_names_are_bounded_and_push_no_configured_place_out() -> None:
 
 def test_of_open_circuits_of_made_up_names_nothing_is_left_when_they_are_forgotten() -> None:
     metrics = Metrics(CollectorRegistry(), "1", models=["gpt-4o"])
-    tested = catalogue(PATTERNS, Conditions(metrics.circuit))
+    tested = catalogue(PATTERNS, Conditions(metrics.circuit, metrics.forget_circuit))
     for number in range(MOST_MADE_UP * 2):
         shut(tested.resolve(f"gpt-{number}").places[0])
     assert len(metrics._circuit_labels) == MOST_MADE_UP
@@ -733,6 +757,23 @@ def test_the_circuits_metric_names_what_is_configured_and_puts_the_rest_together
     metrics.know(["made-up"])
     metrics.circuit("u", "made-up", Circuit.CLOSED)
     assert gauge(metrics, "u", "_other") == {"open": 0, "half_open": 0, "closed": 1}, "under its old label"
+    metrics.circuit("u", "made-up", Circuit.OPEN)
+    assert gauge(metrics, "u", "made-up") == {"open": 1, "half_open": 0, "closed": 0}, "it has one by now"
+    assert gauge(metrics, "u", "_other") == {"open": 0, "half_open": 0, "closed": 1}, "the other name's"
+
+
+def test_a_place_that_is_retired_takes_the_label_along_under_which_it_was_shown() -> None:
+    metrics = Metrics(CollectorRegistry(), "1")
+    metrics.circuit("u", "m", Circuit.OPEN)
+    metrics.circuit("u", "other", Circuit.OPEN)
+    metrics.know(["m"])
+    metrics.circuit("u", "m", Circuit.CLOSED)
+    metrics.forget_circuit("u", "m")
+    assert gauge(metrics, "u", "_other") == {"open": 1, "half_open": 0, "closed": 0}, "the other one"
+    metrics.circuit("u", "other", Circuit.CLOSED)
+    metrics.forget_circuit("u", "other")
+    metrics.forget_circuit("u", "never open")
+    assert circuits(metrics) == []
 
 
 def circuits(metrics: Metrics) -> list[dict[str, str]]:
@@ -782,6 +823,21 @@ def test_a_named_place_that_a_pattern_may_still_make_up_is_kept_like_those() -> 
     for number in range(MOST_MADE_UP + 1):
         after.resolve(f"gpt-{number}")
     assert conditions.find("two", "gpt-4o") is None
+
+
+def test_made_up_names_are_as_bounded_when_the_bound_is_lower() -> None:
+    conditions = Conditions()
+    peer = conditions.peer("u", most=None, region=None)
+    conditions.most_made_up = 5
+    for number in range(5):
+        conditions.of(peer, f"made-up-{number}", made_up=True)
+    conditions.most_made_up = 2
+    conditions.of(peer, "latest", made_up=True)
+    assert [model for (_, model), _ in conditions.items()] == ["made-up-4", "latest"]
+    for name in ("a", "b", "c"):
+        conditions.of(peer, name)
+    conditions.keep([("u", "a")], lambda _upstream, _model: True)
+    assert [model for (_, model), _ in conditions.items()] == ["a", "b", "c"]
 
 
 def test_a_reload_forgets_no_open_circuit() -> None:
