@@ -43,6 +43,10 @@ from dashboards.queries import (
 
 LINKS: Final = (links.SLOW_TRACES, links.SLOW_LINES)
 OBJECTIVE: Final = above(2.5, reason="the line is 2.5 s, within which the objective wants 95 %.")
+LATE: Final = above(5, warn=2.5, reason="orange from 2.5 s, the objective; red from twice that.")
+SLOW: Final = above(
+    0.2, warn=0.1, reason="orange from 0.1 s a token, about as fast as people read; red: half of it."
+)
 READING: Final = above(0.1, reason="the line is 0.1 s a token, about as fast as people read.")
 
 
@@ -118,7 +122,7 @@ _FIRST = [
         ),
         unit=SECONDS,
         instant=True,
-        thresholds=above(5, warn=2.5, reason="orange from 2.5 s, the objective; red from twice that."),
+        thresholds=LATE,
         width=4,
         links=LINKS,
     ),
@@ -135,9 +139,7 @@ _FIRST = [
         ),
         unit=SECONDS,
         instant=True,
-        thresholds=above(
-            0.2, warn=0.1, reason="orange from 0.1 s a token, about as fast as people read; red: half of it."
-        ),
+        thresholds=SLOW,
         width=4,
         links=LINKS,
     ),
@@ -406,9 +408,9 @@ _WHERE = [
             )
             for q, metric, more, name, colours in (
                 (0.5, TTFT, (), "TTFT p50", None),
-                (0.95, TTFT, (), "TTFT p95", above(5, warn=2.5, reason="")),
+                (0.95, TTFT, (), "TTFT p95", LATE),
                 (0.99, TTFT, (), "TTFT p99", None),
-                (0.95, TPOT, (), "Per token p95", above(0.2, warn=0.1, reason="")),
+                (0.95, TPOT, (), "Per token p95", SLOW),
                 (0.95, REQUESTS, (GOOD,), "Duration p95", None),
                 (0.95, ATTEMPTS, (GOOD,), "Attempt p95", None),
             )

@@ -134,8 +134,10 @@ class Panel:
     @property
     def description(self) -> str:
         parts = [self.shows, f"**Good:** {self.good}", f"**If not:** {self.act}"]
-        if self.thresholds.reason:
-            parts.insert(2, f"**Colours:** {self.thresholds.reason}")
+        reasons = [self.thresholds.reason] if self.thresholds.reason else []
+        reasons += [f"{t.legend}: {t.thresholds.reason}" for t in self.targets if t.thresholds is not None]
+        if reasons:
+            parts.insert(2, f"**Colours:** {' '.join(reasons)}")
         if self.short:
             parts.append(f"**No data:** {self.empty}")
         parts += self._unseen()

@@ -49,6 +49,9 @@ AUTOSCALER: Final = 'horizontalpodautoscaler=~".*weir.*"'
 NO_POD: Final = (
     "No pod of Weir is scraped: see metrics.serviceMonitor in the chart, and the targets of Prometheus."
 )
+NO_PROCESS: Final = (
+    "No pod of Weir is scraped, or each has several processes (WORKER_COUNT), which do not tell."
+)
 KUBE: Final = "Needs kube-state-metrics in the cluster; without Kubernetes there is nothing to see here."
 LAG: Final = above(
     0.1, warn=0.05, reason="orange from 50 ms, red from 100 ms: all of the process' streams wait so long."
@@ -242,7 +245,7 @@ _OVERLOAD = [
             "They are overloaded on Overview, and spend error budget.",
             "none.",
             "add pods; low classes go first by design: docs/overload.md.",
-            "No request was turned away yet: good.",
+            NO_POD,
         ),
         unit=REQUESTS_PER_SECOND,
         width=8,
@@ -282,7 +285,7 @@ _OVERLOAD = [
             "Processor time of each process, as a share of one processor. Weir's loop uses one at the most.",
             "below 70 %.",
             "near 100 % it is full, whatever its limit: add pods.",
-            NO_POD,
+            NO_PROCESS,
         ),
         unit=SHARE,
         width=8,
@@ -319,7 +322,7 @@ _OVERLOAD = [
             "Resident memory of each process.",
             "even, about 100 MB: nothing in Weir grows without a bound.",
             "a line that climbs for hours: tell us, with the version and the settings.",
-            NO_POD,
+            NO_PROCESS,
         ),
         unit=BYTES,
         width=8,

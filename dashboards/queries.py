@@ -37,7 +37,7 @@ _LABELS: Final = {
 _LATE: Final = (
     (re.compile(r"weir_cost_usd_total|weir:cost_usd:|weir_cache_saved_usd_total"), "dollars"),
     (re.compile(r"usage_\w+_tokens_total"), "tokens"),
-    (re.compile(r"weir_unpriced_requests_total"), "requests"),
+    (re.compile(r"weir_unpriced_requests_total|weir_key_requests_total"), "requests"),
     (re.compile(r"weir_upstream_attempts_total"), "attempts"),
 )
 """Counters whose series begin with their first value, not at 0: no rate sees it."""

@@ -379,7 +379,7 @@ _NAMES = [
                 share(increase(TRIED, FAILED, by=_UPSTREAM), increase(TRIED, COUNTED, by=_UPSTREAM)),
                 "Failed",
                 SHARE,
-                above(0.05, warn=0.01, reason=""),
+                above(0.05, warn=0.01, reason="orange from 1 %; red from 5 %, where retries begin to show."),
             ),
             column(
                 share(increase(TRIED, 'outcome="timeout"', by=_UPSTREAM), increase(TRIED, by=_UPSTREAM)),

@@ -16,6 +16,8 @@ from dashboards.preview.fields import CALC_NAMES, Field, Source, color
 from dashboards.preview.units import shown, size_of
 
 LEGEND_LINE: Final = 18
+STEPS: Final = (10, 15, 30, 60, 120, 300, 900, 3600, 3 * 3600, 6 * 3600, 86400)
+"""Seconds between the times on an axis."""
 TIME_ROOM: Final = 72
 """Pixels that a time on an axis takes, with its distance from the next one."""
 
@@ -181,9 +183,12 @@ def draw_times(axes: Axes, source: Source) -> None:
     axes.set_xlim(source.began, source.ended)
     span, pixels = source.ended - source.began, axes.get_window_extent().width
     most = min(7.0, pixels / TIME_ROOM)
-    step = next(s for s in (10, 15, 30, 60, 120, 300, 900, 3600, 86400) if span / s <= most or s == 86400)
+    step = next((s for s in STEPS if span / s <= most), STEPS[-1])
     first = math.ceil(source.began / step) * step
     ticks = [first + i * step for i in range(int((source.ended - first) // step) + 1)]
+    if not ticks:
+        axes.set_xticks([])
+        return
     form = "%H:%M:%S" if step % 60 else "%H:%M"
     labels = [datetime.fromtimestamp(t, tz=UTC).strftime(form) for t in ticks]
     # The last one would stand over the edge where it has not half of its width.

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import product
 from typing import Any, Final
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_fastapi_instrumentator import metrics as instrumentator
 
+from service.overload import Priority, Shed
 from service.telemetry.instruments import Counter, Gauge, Histogram
 from service.telemetry.labels import Bounded, Room
 
 MOST_SERIES: Final = 20_000
 """Of all metrics together: what the rooms below have, and what is there in any case."""
-WORK_SERIES: Final = 11_000
+WORK_SERIES: Final = 10_500
 COST_SERIES: Final = 3_600
-FAILED_SERIES: Final = 760
+FAILED_SERIES: Final = 700
+LEFT_SERIES: Final = 475
 KEY_SERIES: Final = 900
 BUDGET_SERIES: Final = 300
 
@@ -84,6 +87,9 @@ class Catalogue:
             (*GENAI, "error_type"),
         )
         self.duration, self.failed_duration = self._good_and_failed(duration)
+        # Of those who left, apart from what failed: an alert wants them by model, in the worst hour too.
+        left = Room(LEFT_SERIES, folded=LEFT_SERIES)
+        self.left_duration = Bounded(duration, left, (PROVIDER, MODEL, "error_type"))
         self.first_token = self._histogram(
             "gen_ai_server_time_to_first_token_seconds",
             "Time from a request's arrival to the first piece of its streamed answer; none from the cache.",
@@ -248,6 +254,8 @@ class Catalogue:
         self.sheds = self._plain_counter(
             "weir_shed_total", "Requests that were turned away for want of a place.", ("reason", "priority")
         )
+        for reason, priority in product(Shed, Priority):
+            self.shed(reason, priority)
         self.lag = self._plain_gauge(
             "weir_event_loop_lag_seconds", "How late the main loop's last heartbeat came.", "livemax"
         )
@@ -295,6 +303,9 @@ class Catalogue:
         self.stale.set(0)
         self._plain_gauge("weir_build_info", "1.", "max", ("version",)).labels(version).set(1)
         ProcessCollector(registry=self._registry)
+
+    def shed(self, reason: Shed, priority: Priority) -> Counter:
+        return self.sheds.labels(reason.value, priority.name.lower())
 
     def _make_http(self) -> None:
         known = _Definitions(self._registry)

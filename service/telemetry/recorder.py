@@ -175,11 +175,10 @@ class Metrics:
     def closed(self, record: RequestRecord) -> None:
         self._running -= 1
         every, views, exemplar = self._all, self._views(record), _exemplar(record)
-        good = record.outcome is Outcome.SUCCESS
         views[every.requests].inc(1, exemplar)
         views[every.by_key].inc()
         views[every.calls].inc()
-        views[every.duration if good else every.failed_duration].observe(record.duration_seconds, exemplar)
+        self._duration(record, views).observe(record.duration_seconds, exemplar)
         if record.overhead_seconds is not None:
             views[every.overhead].observe(record.overhead_seconds, exemplar)
         if record.cache is not None:
@@ -193,6 +192,14 @@ class Metrics:
         if record.usage is not None:
             self._count(record, record.usage, views)
         self._count_overflow(views)
+
+    def _duration(self, record: RequestRecord, views: Views) -> Any:
+        if record.outcome is Outcome.SUCCESS:
+            return views[self._all.duration]
+        if record.outcome is Outcome.CLIENT_DISCONNECTED:
+            # Without the answer's model, which few of them saw: so each that was asked for has room.
+            return self._all.left_duration.child({**views.labels, ANSWERED_BY: ""}, views.overflow)
+        return views[self._all.failed_duration]
 
     def refused(self, route: str, outcome: Outcome) -> None:
         """A request to a model that ended before a record of it was opened: no key, no good body."""
@@ -341,17 +348,20 @@ class Metrics:
 
     def show_circuit(self, upstream: str, model: str, state: Circuit) -> None:
         """It is in this state just now, whether or not it changed."""
-        # Its label stays while it is not closed, though meanwhile the model's name may have been admitted.
-        label = self._circuit_labels.setdefault((upstream, model), self._models.of(model, admit=False))
-        together = self._circuit_states.setdefault((upstream, label), {})
-        if together.get(model) is state:
+        last = self._circuit_labels.get((upstream, model))
+        before = self._circuit_states[(upstream, last)][model] if last is not None else None
+        if before is state:
             return
-        if state is Circuit.CLOSED:
-            del self._circuit_labels[(upstream, model)]
-            together.pop(model, None)
+        if last is not None and before is not Circuit.CLOSED:
+            label = last  # though meanwhile the model's name may have been admitted
         else:
-            together[model] = state
-        states = set(together.values()) or {Circuit.CLOSED}
+            label = self._models.of(model, admit=False)
+            if label != last:
+                self.forget_circuit(upstream, model)
+            self._circuit_labels[(upstream, model)] = label
+        together = self._circuit_states.setdefault((upstream, label), {})
+        together[model] = state
+        states = set(together.values()) - {Circuit.CLOSED} or {Circuit.CLOSED}
         for known in Circuit:
             child = self._all.circuits.child(_of_circuit(upstream, label, known), set())
             if child is not None:
@@ -359,16 +369,20 @@ class Metrics:
 
     def forget_circuit(self, upstream: str, model: str) -> None:
         """That model there is in use no more. Its circuit is closed by now."""
-        label = self._models.of(model, admit=False)
-        if self._circuit_states.get((upstream, label)) != {}:
-            return  # never open, or another one's of the same label is
+        label = self._circuit_labels.pop((upstream, model), None)
+        if label is None:
+            return  # it was never open
+        together = self._circuit_states[(upstream, label)]
+        del together[model]
+        if together:
+            return  # others have the same label
         del self._circuit_states[(upstream, label)]
         for known in Circuit:
             self._all.circuits.forget(_of_circuit(upstream, label, known))
 
     def shed(self, reason: Shed, priority: Priority) -> None:
         """A request was turned away for want of a place."""
-        self._all.sheds.labels(reason.value, priority.name.lower()).inc()
+        self._all.shed(reason, priority).inc()
 
     # -- the configuration -----------------------------------------------------------------------
 

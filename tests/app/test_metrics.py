@@ -182,7 +182,7 @@ def test_an_attempt_that_the_drain_cut_off_is_counted(upstream: FakeUpstream) ->
     with weir_with(upstream, drain_timeout=0.0) as weir, ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(ask, weir, "hang")
         until(lambda: bool(upstream.calls))
-        weir.__exit__(None, None, None)
+        weir.stop()
         assert waiting.result().status_code == 503
         (record,) = weir.records()
         assert record.error_code == "server_shutting_down"
@@ -201,7 +201,7 @@ def test_a_later_attempt_that_was_cut_off_is_counted_as_what_it_was(upstream: Fa
         waiting = pool.submit(ask, weir, "moved", timeout=20 if end == "drain" else 0.5)
         until(lambda: len(upstream.calls) == 2)
         if end == "drain":
-            weir.__exit__(None, None, None)
+            weir.stop()
             assert waiting.result().status_code == 503
         else:
             assert isinstance(waiting.exception(), httpx2.TimeoutException)

@@ -230,6 +230,13 @@ def test_each_prompt_of_a_batch_has_its_own_end(upstream: FakeUpstream, weir: Ru
     assert failed[0]["text"] is None
     assert answer["tokens_used"] == 36
     assert len({r.id for r in weir.records(3)}) == 3
+    counted = {
+        sample.labels["outcome"]: sample.value
+        for family in weir.registry.collect()
+        for sample in family.samples
+        if sample.name == "weir_requests_total" and sample.labels["route"] == "/api/v1/batch" and sample.value
+    }
+    assert counted == {"success": 2, "upstream_error": 1}
 
 
 def test_a_batch_runs_concurrently_under_its_limit(upstream: FakeUpstream) -> None:

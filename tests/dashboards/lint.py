@@ -95,8 +95,6 @@ def of_look(panel: Panel) -> Iterator[str]:
         yield f"unit {panel.unit!r}"
     for thresholds in (panel.thresholds, *(t.thresholds for t in panel.targets if t.thresholds)):
         yield from of_thresholds(thresholds)
-    if panel.thresholds.limits and not panel.thresholds.reason:
-        yield "thresholds without a reason"
     if panel.kind == "heatmap" and not all(target.exemplars for target in panel.targets):
         yield "a heatmap without exemplars"
     if not panel.targets:
@@ -107,6 +105,8 @@ def of_thresholds(thresholds: Thresholds) -> Iterator[str]:
     values = [limit.value for limit in thresholds.limits]
     if values != sorted(set(values)):
         yield "thresholds out of order"
+    if values and not thresholds.reason:
+        yield "thresholds without a reason"
 
 
 def of_target(panel: Panel, target: Target) -> Iterator[str]:

@@ -60,6 +60,13 @@ def walk(node: Any) -> Iterator[Any]:
         yield from walk(child)
 
 
+def filled_with_0(expression: str) -> Iterator[str]:
+    """Of each `x or 0 * y` in it the x, in whose place there is a 0 where it is not there."""
+    for node in walk(promql.parse(expression)):
+        if isinstance(node, promql.BinaryExpr) and str(node.op) == "or" and str(node.rhs).startswith("0 * "):
+            yield str(node.lhs)
+
+
 def selectors(node: Any) -> list[promql.VectorSelector]:
     return [n for n in walk(node) if isinstance(n, promql.VectorSelector)]
 

@@ -22,6 +22,7 @@ from dashboards.panels import (
     Target,
     Thresholds,
     Words,
+    above,
     timeseries,
 )
 from dashboards.queries import fill, rate
@@ -46,6 +47,7 @@ PLACE = 'cluster=~"$cluster",namespace=~"$namespace"'
 GOOD = one(f"sum(rate(weir_requests_total{{{PLACE}}}[$__rate_interval]))", REQUESTS_PER_SECOND)
 TTFT = f"gen_ai_server_time_to_first_token_seconds_bucket{{{PLACE}}}[$__rate_interval]"
 TOKENS = "gen_ai_client_inference_usage_"
+UNREASONED = Thresholds("green", (Limit(1, "red"),))
 
 
 def test_a_panel_says_what_no_rate_sees() -> None:
@@ -57,6 +59,16 @@ def test_a_panel_says_what_no_rate_sees() -> None:
     assert "a pod's first attempts" in tried.description
     assert "/api/v1/usage" not in tried.description
     assert "Not seen" not in GOOD.description + zero.description
+
+
+def test_a_panel_says_why_its_colours_change_those_of_its_columns_too() -> None:
+    failed = Target("up", "Failed", thresholds=above(1, reason="red from one."))
+    table = replace(GOOD, targets=(Target("up", "Asked"), failed))
+    assert "**Colours:** Failed: red from one." in table.description
+    assert "**Colours:** the line is 1. Failed: red from one." in (
+        replace(table, thresholds=above(1, reason="the line is 1.")).description
+    )
+    assert "Colours" not in GOOD.description
 
 
 def test_failed_attempts_are_those_of_the_alert() -> None:
@@ -79,7 +91,8 @@ def test_the_panel_that_the_bad_ones_are_made_of_is_good() -> None:
         (replace(GOOD, kind="stat", width=3, short="No requests to models in this time"), "no short text"),
         (replace(GOOD, unit="percent"), "unit 'percent'"),
         (replace(GOOD, targets=()), "no query"),
-        (replace(GOOD, thresholds=Thresholds("green", (Limit(1, "red"),))), "thresholds without a reason"),
+        (replace(GOOD, thresholds=UNREASONED), "thresholds without a reason"),
+        (replace(GOOD, targets=(Target("up", thresholds=UNREASONED),)), "thresholds without a reason"),
         (
             replace(GOOD, thresholds=Thresholds("green", (Limit(2, "red"), Limit(1, "orange")), "so.")),
             "thresholds out of order",

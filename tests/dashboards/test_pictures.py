@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from typing import cast
 
 import pytest
 from PIL import Image
 
-from dashboards.preview.canvas import WIDTH, cut, width, wrapped
-from dashboards.preview.fields import Field
-from dashboards.preview.page import of_few_colors
+from dashboards.preview.canvas import WIDTH, Box, Canvas, cut, width, wrapped
+from dashboards.preview.fields import Field, Source
+from dashboards.preview.page import STAMP, of_few_colors, stamp
+from dashboards.preview.series import draw_times
 from dashboards.preview.tables import table_of
 from dashboards.preview.units import shown, size_of
 from tests.observability.dashboards import dashboards
+from tests.observability.prometheus import Prometheus
 from tests.programs import ROOT
 
 PICTURES = ROOT / "docs" / "pictures"
@@ -99,11 +103,35 @@ def test_a_mark_of_few_pixels_keeps_its_color() -> None:
     assert few.convert("RGB").getpixel((2, 0)) == purple
 
 
+@pytest.mark.parametrize("hours", [0.05, 1, 6, 8, 12, 30, 24 * 7])
+@pytest.mark.parametrize("pixels", [900, 60])
+def test_an_axis_has_times_wherever_a_day_begins(hours: float, pixels: int) -> None:
+    axes = Canvas(400).axes(Box(10, 10, pixels, 300))
+    began = 1_700_000_000 // 86400 * 86400 + 3600.0
+    draw_times(axes, Source(cast("Prometheus", None), (), began, began + hours * 3600, 1.0, {}))
+    told = [label.get_text() for label in axes.get_xticklabels()]
+    assert len(told) < 9
+    if pixels > 100:
+        assert any(told)
+
+
+def test_a_stamp_is_of_what_is_drawn() -> None:
+    board = dashboards()[0]
+    changed = copy.deepcopy(board)
+    panel = next(panel for panel in changed.document["panels"] if panel["type"] == "stat")
+    panel["description"] = "In better words."
+    assert stamp(changed) == stamp(board)
+    panel["targets"][0]["expr"] += " * 2"
+    assert stamp(changed) != stamp(board)
+
+
 def test_each_dashboard_has_its_picture() -> None:
     assert {path.stem for path in PICTURES.glob("*.png")} == {board.name for board in dashboards()}
     page = (ROOT / "docs/dashboards.md").read_text()
+    stamps = {board.name: stamp(board) for board in dashboards()}
     for path in PICTURES.glob("*.png"):
         assert f"](pictures/{path.name})](pictures/{path.name})" in page
         assert path.stat().st_size < MOST_BYTES, path.name
         with Image.open(path) as picture:
             assert picture.width == WIDTH
+            assert picture.info.get(STAMP) == stamps[path.stem], "stale: run `make dashboards-preview`"

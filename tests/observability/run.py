@@ -96,6 +96,8 @@ class Run:
     """Prometheus has scraped all that the pods had to say."""
     samples: Samples
     """The pods' metrics at their end."""
+    opened: Samples
+    """Theirs when each had its part of the run before it: what no rate sees."""
     per_pod: dict[str, Samples]
     worker: Samples
     ledger: list[dict[str, Any]]
@@ -138,6 +140,7 @@ async def run(directory: Path, plan: Plan, stack: ExitStack, **options: Any) -> 
         began=began,
         ended=ended,
         samples=Samples(texts),
+        opened=Samples(traffic.opened),
         per_pod={name: Samples({name: text}) for name, text in texts.items()},
         worker=Samples({"worker": worker}),
         ledger=ledger,

@@ -58,6 +58,7 @@ class Script:
             self.left_in_the_middle: 2,
             self.failed: 1,
             self.late: 0.3,
+            self.late_first: 1,
             self.impatient: 0.7,
             self.stalled: 0.7,
             self.cut: 1.5,
@@ -192,6 +193,10 @@ class Script:
     def late(self) -> Ask:
         told = _with(self._told(), faults={VLLM: ("silence",)})
         return Ask(told, LAB, "globex-app", expect=Outcome.TIMEOUT)
+
+    def late_first(self) -> Ask:
+        """A good answer, and its first token comes later than the objective wants."""
+        return Ask(_with(self._told(), first=2.7), MINI, "acme-web")
 
     def stalled(self) -> Ask:
         told = _with(self._told(), faults={VLLM: ("hold",)})

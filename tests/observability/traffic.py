@@ -139,6 +139,8 @@ class Traffic:
         self.truth = Truth()
         self.script = Script(seed)
         self.pods: dict[str, Pod] = {}
+        self.opened: dict[str, str] = {}
+        """The metrics of each pod as they were when its part of the run began."""
         self.on_pods: Callable[[list[Target]], None] = lambda _: None
         """Told whenever a pod comes or is gone."""
         self.until_scraped: Callable[[str], None] = lambda _: None
@@ -184,6 +186,8 @@ class Traffic:
     async def main(self) -> None:
         """The main part. Returns when each request has been answered and the books are closed."""
         plan = self.plan
+        for name in self.scraped():
+            await asyncio.to_thread(self._begin_part, name)
         began = asyncio.get_running_loop().time()
         events = sorted(
             [
@@ -331,6 +335,9 @@ class Traffic:
         for asks in self.script.opening():
             await asyncio.gather(*(self._ask(pod, ask, at_opening=True) for ask in asks))
 
+    def _begin_part(self, pod: str) -> None:
+        self.opened[pod] = self.metrics()[pod]
+
     def _break_config(self) -> None:
         self._write("upstreams: [{name: nobody}]\n")
 
@@ -369,6 +376,7 @@ class Traffic:
         self._scraped.append("c")
         self._tell()
         await asyncio.to_thread(self.until_scraped, self.pods["c"].name)
+        await asyncio.to_thread(self._begin_part, self.pods["c"].name)
         self._asked_now = [self.pods["b"], self.pods["c"]]
         await self._drain("a")
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import yaml
 
+from service.telemetry import DURATION_BUCKETS
 from tests.programs import ROOT, need
+from tests.promql import reads
 
 RULES: Final = sorted((ROOT / "helm/weir/files/rules").glob("*.yaml"))
 CASES: Final = sorted((Path(__file__).parent / "cases").glob("*.yaml"))
@@ -57,3 +59,18 @@ def cases() -> tuple[tuple[Path, dict[str, Any], dict[str, Any]], ...]:
         for expectation in test["promql_expr_test"]
         if FIRING.search(expectation["expr"])
     )
+
+
+def edges_of(made: Mapping[str, Rule]) -> dict[str, set[str]]:
+    """The edges of buckets that rules read, by the bucket's name."""
+    found: dict[str, set[str]] = {}
+    for rule in made.values():
+        for read in reads(rule["expr"]):
+            if "le" in read.matchers:
+                found.setdefault(read.name, set()).add(read.matchers["le"])
+    return found
+
+
+def next_edge(seconds: float) -> str:
+    """The first edge of the buckets of durations that is not below."""
+    return str(min(edge for edge in DURATION_BUCKETS if edge >= seconds))

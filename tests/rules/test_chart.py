@@ -13,7 +13,7 @@ from service.telemetry import FIRST_TOKEN_BUCKETS
 from tests.chart.rendering import CHART, render
 from tests.programs import HELMS
 from tests.promql import reads
-from tests.rules.files import ALERTS, RECORDS, RULES, Rule, promtool
+from tests.rules.files import ALERTS, RECORDS, RULES, Rule, edges_of, next_edge, promtool
 
 VALUES = yaml.safe_load((CHART / "values.yaml").read_text())["metrics"]["prometheusRule"]
 SCHEMA = json.loads((CHART / "values.schema.json").read_text())
@@ -194,16 +194,13 @@ def test_each_value_changes_its_own_constant_and_nothing_else(helm: str) -> None
     }
 
 
-def edges(made: dict[str, Rule]) -> set[str]:
-    return {
-        read.matchers["le"] for rule in made.values() for read in reads(rule["expr"]) if "le" in read.matchers
-    }
-
-
-@pytest.mark.parametrize("seconds", [1, 5, 10, 0.25, "0.75"])
-def test_the_seconds_become_an_edge_as_python_writes_it(seconds: float | str) -> None:
+@pytest.mark.parametrize("seconds", [1, 5, 10, 20, 0.1, 0.25, "0.75"])
+def test_the_seconds_become_edges_as_python_writes_them(seconds: float | str) -> None:
     made = rules(objectives={"ttftSeconds": seconds})
-    assert edges(made) == {str(float(seconds))}
+    assert edges_of(made) == {
+        "gen_ai_server_time_to_first_token_seconds_bucket": {str(float(seconds))},
+        "gen_ai_server_request_duration_seconds_bucket": {next_edge(float(seconds))},
+    }
     assert number(made["weir:ttft:objective_seconds"]) == float(seconds)
 
 

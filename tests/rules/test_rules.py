@@ -20,7 +20,20 @@ from service.telemetry import FIRST_TOKEN_BUCKETS, Metrics
 from service.worker.metrics import SinkMetrics
 from tests.programs import ROOT, need
 from tests.promql import faults, reads
-from tests.rules.files import ALERTS, CASES, FIRING, RECORDS, RULES, RUNBOOKS, Rule, cases, promtool, rules
+from tests.rules.files import (
+    ALERTS,
+    CASES,
+    FIRING,
+    RECORDS,
+    RULES,
+    RUNBOOKS,
+    Rule,
+    cases,
+    edges_of,
+    next_edge,
+    promtool,
+    rules,
+)
 
 OF_OTHERS = {
     "up": "Prometheus'",
@@ -113,9 +126,13 @@ def test_the_expression_keeps_apart_what_is_in_different_places(rule: Rule) -> N
 
 
 def test_the_threshold_of_first_tokens_is_an_edge_of_a_bucket() -> None:
-    edges = {read.matchers["le"] for rule in rules() for read in reads(rule["expr"]) if "le" in read.matchers}
-    assert len(edges) == 1
-    assert edges <= {str(edge) for edge in FIRST_TOKEN_BUCKETS}
+    """And the one that callers wait before they leave in vain, the next edge of other buckets."""
+    edges = edges_of({str(number): rule for number, rule in enumerate(rules())})
+    (first_token,) = edges.pop("gen_ai_server_time_to_first_token_seconds_bucket")
+    (waited,) = edges.pop("gen_ai_server_request_duration_seconds_bucket")
+    assert not edges
+    assert first_token in {str(edge) for edge in FIRST_TOKEN_BUCKETS}
+    assert waited == next_edge(float(first_token))
 
 
 def test_the_three_objectives_are_measured_the_same_way_over_the_same_windows() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import product
 
 import pytest
 from hypothesis import given
@@ -182,6 +183,29 @@ def test_fifty_models_and_two_hundred_tenants_have_room_together() -> None:
         assert summed(measured, "weir_cost_usd_total", **labels) == 200, "by model all is told"
         assert summed(measured, "gen_ai_server_time_to_first_token_seconds_count", **labels) == 200
     assert summed(measured, "weir_label_overflow_total") > 0
+
+
+def test_who_left_is_told_by_model_in_the_worst_hour_too() -> None:
+    """WeirCallersLeave asks for it, and is for hours in which much else fails."""
+    measured = Measured(*MODELS)
+    codes = [code for code in CODES if code != "client_disconnected"]
+    for model, code in product(MODELS, codes):
+        measured.went(request_model=model, outcome=Outcome.UPSTREAM_ERROR, error_code=code)
+    for model, answered in product(MODELS, ("", "answered")):
+        measured.went(
+            request_model=model,
+            response_model=answered,
+            outcome=Outcome.CLIENT_DISCONNECTED,
+            error_code="client_disconnected",
+        )
+    left = {
+        sample.labels["gen_ai_request_model"]: sample.value
+        for family in measured.registry.collect()
+        for sample in family.samples
+        if sample.name == "gen_ai_server_request_duration_seconds_count"
+        and sample.labels["error_type"] == "client_disconnected"
+    }
+    assert left == dict.fromkeys(MODELS, 2)
 
 
 def test_ten_thousand_made_up_names_stay_within_all_bounds() -> None:

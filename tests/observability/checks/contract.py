@@ -22,6 +22,8 @@ TARGET_LABELS = {"cluster", "namespace", "job", "pod", "container", "service", "
 """What discovery and Prometheus add to each series."""
 CLUSTER_METRICS = ("kube_", "container_", "ALERTS", "up", "scrape_")
 """Of kube-state-metrics, of the kubelet and of Prometheus itself."""
+HPA, KEDA = "scaling/HPA", "scaling/KEDA"
+"""Where the chart's autoscalers name metrics."""
 NAME = re.compile(
     r"\b(?:weir|gen_ai|http|openai|process)_[a-z0-9_]+[a-z0-9]\b|\bweir:[a-z0-9_]+:[a-z0-9_]+[a-z0-9]\b"
 )
@@ -96,12 +98,17 @@ def uses() -> Iterator[tuple[str, str]]:
             yield f"{group['name']}/{rule.get('record') or rule['alert']}", rule["expr"]
     scaling = (ROOT / "helm" / "weir" / "templates" / "scaling.yaml").read_text()
     for name in re.findall(r"^\s+name: (weir_\w+)$", scaling, re.MULTILINE):
-        yield "scaling/HPA", name
+        yield HPA, name
     for query in re.findall(r"^\s+query: (.*)$", scaling, re.MULTILINE):
-        yield "scaling/KEDA", re.sub(r"\{\{.*?\}\}", "x", query)
+        yield KEDA, re.sub(r"\{\{.*?\}\}", "x", query)
 
 
 USES = list(uses())
+
+
+def test_the_scaling_of_the_chart_is_among_the_uses() -> None:
+    """It is found by its look in a template, and may look otherwise some day."""
+    assert {HPA, KEDA} <= {where for where, _ in USES}
 
 
 @pytest.mark.parametrize(("where", "expression"), USES, ids=[where for where, _ in USES])

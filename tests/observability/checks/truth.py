@@ -147,8 +147,8 @@ def test_quantiles_of_the_first_token(traffic_run: Run, quantile: float) -> None
         "(last_over_time(gen_ai_server_time_to_first_token_seconds_bucket[50m])))"
     )
     found = traffic_run.prometheus.value(expression, traffic_run.ended)
-    least = _quantile([a.told.first for a, _ in streams], quantile)
-    most = _quantile([s.first_seconds or 0.0 for _, s in streams], quantile)
+    least = in_buckets([a.told.first for a, _ in streams], quantile)
+    most = in_buckets([s.first_seconds or 0.0 for _, s in streams], quantile)
     assert least <= found <= most
     count = "sum(last_over_time(gen_ai_server_time_to_first_token_seconds_count[50m]))"
     assert traffic_run.prometheus.value(count, traffic_run.ended) == len(streams)
@@ -210,7 +210,7 @@ def test_a_deploy_is_seen(traffic_run: Run) -> None:
     assert points["2.4.0"][-1] == 1
 
 
-def _quantile(values: Sequence[float], quantile: float) -> float:
+def in_buckets(values: Sequence[float], quantile: float) -> float:
     """As Prometheus takes it of buckets: by a straight line between the edges."""
     edges = (0.0, *FIRST_TOKEN_BUCKETS)
     counts = [sum(value <= edge for value in values) for edge in edges]

@@ -7,15 +7,17 @@ scrape and the end: hence the tolerance, which no wrong unit, label or divisor f
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Final
 
 import pytest
 
 from service.domain import Outcome
 from tests.observability.asking import Ask, Seen
-from tests.observability.dashboards import Query, dashboards, fill, usual
+from tests.observability.checks.truth import in_buckets
+from tests.observability.dashboards import dashboards, fill, usual
 from tests.observability.run import Run
-from tests.observability.settings import GPT, LAB, REASONER
+from tests.observability.settings import GPT, LAB, MINI, REASONER, VLLM
 
 NEAR: Final = 0.08
 SHARE_NEAR: Final = 0.03
@@ -30,14 +32,32 @@ NOT_VALID: Final = {
 
 def shown(run: Run, name: str, *labels: str) -> dict[tuple[str, ...], float]:
     """What a panel shows at the end of the run, by some labels; nothing of what is 0."""
-    query: Query = BY_NAME[name]
-    assert query.instant, "a number, not a course"
-    expression = fill(query.expression, usual(range_seconds=run.ended - run.began))
+    assert BY_NAME[name].instant, "a number, not a course"
+    return _asked(run, name, labels)
+
+
+def added_up(run: Run, name: str, *labels: str) -> dict[tuple[str, ...], float]:
+    """Of a course of rates, how many events it shows: as `shown`, in one window of the whole run."""
+    assert not BY_NAME[name].instant, "a course, not a number"
+    seconds = round(run.ended - run.began)
+    return {key: rate * seconds for key, rate in _asked(run, name, labels).items()}
+
+
+def _asked(run: Run, name: str, labels: tuple[str, ...]) -> dict[tuple[str, ...], float]:
+    seconds = round(run.ended - run.began)
+    expression = fill(BY_NAME[name].expression, usual(range_seconds=seconds, rate_seconds=seconds))
     found = run.prometheus.query(expression, run.ended)
     return {tuple(s.labels.get(label, "") for label in labels): s.value for s in found if s.value}
 
 
-def near(expected: dict[tuple[str, ...], float]) -> object:
+def counted(run: Run, name: str, *labels: str) -> Counter[tuple[str, ...]]:
+    """What the pods themselves say of the main part: their last numbers, less those that it began with."""
+    found = Counter(run.samples.by(name, *labels))
+    found.subtract(run.opened.by(name, *labels))
+    return found
+
+
+def near(expected: Mapping[tuple[str, ...], float]) -> object:
     return pytest.approx({key: value for key, value in expected.items() if value}, rel=NEAR)
 
 
@@ -153,3 +173,73 @@ def test_requests_a_second_by_tenant(traffic_run: Run) -> None:
     assert {tenant for (tenant,) in found} == most.keys()
     for (tenant,), rate in found.items():
         assert least[tenant] * (1 - NEAR) <= rate * seconds <= most[tenant] * (1 + NEAR), tenant
+
+
+# -- times, upstreams and places -----------------------------------------------------------------------
+
+
+def first_tokens(run: Run, model: str = "") -> list[tuple[float, float]]:
+    """Of each stream: when the provider began it, and when the caller saw it. Weir's time lies between."""
+    return [
+        (ask.told.first, seen.first_seconds)
+        for ask, seen in run.truth.rated().asked
+        if seen.first_seconds is not None and not seen.cached and model in ("", ask.model)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("panel", "by_model", "quantile"),
+    [
+        ("latency/TTFT p50 (stat)/A", "latency/Models (table)/A", 0.5),
+        ("latency/TTFT p95 (stat)/A", "latency/Models (table)/B", 0.95),
+    ],
+)
+def test_quantiles_of_first_tokens(traffic_run: Run, panel: str, by_model: str, quantile: float) -> None:
+    found = shown(traffic_run, by_model, "gen_ai_request_model")
+    assert {(GPT,), (MINI,), (LAB,)} <= found.keys()
+    for (model,), seconds in {**found, ("",): shown(traffic_run, panel)[()]}.items():
+        told, seen = zip(*first_tokens(traffic_run, model), strict=True)
+        least, most = in_buckets(told, quantile), in_buckets(seen, quantile)
+        assert least * (1 - NEAR) <= seconds <= most * (1 + NEAR), model
+
+
+@pytest.mark.parametrize("board", ["latency", "overview"])
+def test_the_share_of_first_tokens_in_time(traffic_run: Run, board: str) -> None:
+    streams = first_tokens(traffic_run)
+    told, seen = (sum(times[side] > 2.5 for times in streams) for side in (0, 1))
+    assert told > 4, "some are late"
+    late = (1 - shown(traffic_run, f"{board}/TTFT within 2.5 s (stat)/A")[()]) * len(streams)
+    assert told * (1 - NEAR) - 1 <= late <= seen * (1 + NEAR) + 1
+
+
+def test_retry_amplification(traffic_run: Run) -> None:
+    kinds = counted(traffic_run, "weir_upstream_attempts_total", "kind")
+    expected = kinds.total() / kinds[("first",)]
+    found = shown(traffic_run, "upstreams/Retry amplification (stat)/A")[()]
+    assert expected > 1 + SHARE_NEAR
+    assert found - 1 == pytest.approx(expected - 1, rel=2 * NEAR)
+
+
+def test_the_fallback_ratio(traffic_run: Run) -> None:
+    kinds = counted(traffic_run, "weir_upstream_attempts_total", "kind")
+    expected = (kinds[("failover",)] + kinds[("fallback",)]) / kinds[("first",)]
+    found = shown(traffic_run, "upstreams/Fallback ratio (stat)/A")[()]
+    assert found == pytest.approx(expected, rel=2 * NEAR)
+
+
+def test_refusals_of_upstreams(traffic_run: Run) -> None:
+    attempts = counted(traffic_run, "weir_upstream_attempts_total", "upstream", "outcome")
+    expected = {key[:1]: n for key, n in attempts.items() if key[1] == "rate_limited"}
+    assert expected.keys() == {(VLLM,)}
+    panel = "upstreams/Refused for their limits (429) (timeseries)/A"
+    assert added_up(traffic_run, panel, "upstream") == near(expected)
+    assert added_up(traffic_run, "upstreams/Refused with 429 (stat)/A") == near({(): expected[(VLLM,)]})
+
+
+def test_requests_turned_away(traffic_run: Run) -> None:
+    """By the callers' account, and each reason and class by the pods'."""
+    told = sum(seen.code == "overloaded" for _, seen in traffic_run.truth.rated().asked)
+    sheds = counted(traffic_run, "weir_shed_total", "reason", "priority")
+    assert sheds.total() == told > 50
+    found = added_up(traffic_run, "pods/Requests turned away (timeseries)/A", "reason", "priority")
+    assert found == near(sheds)
