@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import openai
+import uvicorn
 import uvloop
 from prometheus_client import CollectorRegistry
 
@@ -57,7 +58,7 @@ class RunningWeir:
         self._listener = listen("PORT", "127.0.0.1", 0)
         self.port: int = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self._server = WeirServer(server_config(self.app, config), self.lifecycle, 0.0)
+        self._server = PromptServer(server_config(self.app, config), self.lifecycle, 0.0)
         self._entered = LedgerWatch(self.parts)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._started = threading.Event()
@@ -71,8 +72,13 @@ class RunningWeir:
     def __exit__(
         self, kind: type[BaseException] | None, raised: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._server.should_exit = True
-        self._thread.join(20)
+        self.stop()
+
+    def stop(self) -> None:
+        """Drain and end; what has ended already stays so."""
+        if self._thread.is_alive():
+            self.loop.call_soon_threadsafe(self._server.end.set)
+            self._thread.join(20)
         assert not self._thread.is_alive(), "Weir did not stop"
 
     def sdk(self, **options: Any) -> openai.OpenAI:
@@ -109,6 +115,18 @@ class RunningWeir:
 
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(main())
+
+
+class PromptServer(WeirServer):
+    """Ends when it is told to, not at the next tick: a thousand tests would wait 50 ms each."""
+
+    def __init__(self, config: uvicorn.Config, lifecycle: Lifecycle, drain_delay_seconds: float) -> None:
+        super().__init__(config, lifecycle, drain_delay_seconds)
+        self.end = asyncio.Event()
+
+    async def main_loop(self) -> None:
+        await self.on_tick(0)
+        await self.end.wait()
 
 
 class LedgerWatch:

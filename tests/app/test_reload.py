@@ -88,7 +88,7 @@ class Reloading:
     def close(self) -> None:
         for sdk in self._sdks.values():
             sdk.close()
-        self.weir.__exit__(None, None, None)
+        self.weir.stop()
 
 
 @pytest.fixture
