@@ -21,6 +21,7 @@ from service.domain import (
 )
 from service.errors import ConversationNotFound
 from service.ports import Conversations, PriceBook
+from service.pricing import context_of
 from service.routing.routes import Catalogue
 from service.tokens import MESSAGE_TOKENS, estimate_message, estimate_text, trim
 
@@ -142,8 +143,7 @@ class Dialogue:
         if known is None or wanted == 0:
             return ()
         latest = known.messages[-wanted:]
-        target = self._catalogue.resolve(model).first
-        context = target.context_tokens or self._prices.context_tokens(model, target.upstream.provider)
+        context = context_of(self._catalogue.resolve(model).first, self._prices)
         if context is None:
             return trim(latest, sum(map(estimate_message, latest)))
         taken = estimate_message(question) + (max_tokens or self._defaults.max_tokens or ANSWER_ROOM_TOKENS)

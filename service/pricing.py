@@ -19,6 +19,7 @@ from genai_prices.data_snapshot import get_snapshot
 from genai_prices.types import ModelInfo, ModelPrice, TieredPrices
 
 from service.domain import UNPRICED, Cost, Price, Usage
+from service.ports import PriceBook, Target
 
 OVERRIDE: Final = "override"
 TABLE: Final = "genai-prices"
@@ -56,17 +57,15 @@ class ModelFacts(msgspec.Struct, frozen=True):
 
 
 class PriceTable:
-    """The price book. `overrides` and `contexts` go by the caller's name of a model."""
+    """The price book. `overrides` go by the caller's name of a model."""
 
     def __init__(
         self,
         overrides: Mapping[str, Price] | None = None,
-        contexts: Mapping[str, int] | None = None,
         clock: Callable[[], float] = time.monotonic,
         today: Callable[[], datetime] | None = None,
     ) -> None:
         self._overrides = dict(overrides or {})
-        self._contexts = dict(contexts or {})
         self._clock = clock
         self._today = today or partial(datetime.now, UTC)
         self._held: dict[tuple[str, str], tuple[float, ModelFacts]] = {}
@@ -83,8 +82,7 @@ class PriceTable:
         return self._facts(model, provider).cost(usage)
 
     def context_tokens(self, model: str, provider: str) -> int | None:
-        known = self._contexts.get(model)
-        return known if known is not None else self._facts(model, provider).context_tokens
+        return self._facts(model, provider).context_tokens
 
     def _facts(self, model: str, provider: str) -> ModelFacts:
         now = self._clock()
@@ -96,6 +94,16 @@ class PriceTable:
         facts = look_up(model, provider, self._today())
         self._held[(model, provider)] = (now, facts)
         return facts
+
+
+def context_of(target: Target, prices: PriceBook) -> int | None:
+    """Of the configuration, else of the table: by the model's name at the upstream, or else by ours."""
+    if target.context_tokens is not None:
+        return target.context_tokens
+    provider = target.upstream.provider
+    names = dict.fromkeys((target.model, target.name))
+    known = (prices.context_tokens(name, provider) for name in names)
+    return next((tokens for tokens in known if tokens is not None), None)
 
 
 def look_up(model: str, provider: str, at: datetime) -> ModelFacts:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service.config import FileConfig
 from service.dialogue import ANSWER_ROOM_TOKENS, Defaults, Dialogue
 from service.domain import (
     ChatRequest,
@@ -22,8 +23,14 @@ from service.domain import (
     Usage,
 )
 from service.errors import ConversationNotFound
+from service.ports import PriceBook
+from service.pricing import PriceTable
+from service.routing.catalogue import ModelCatalogue
+from service.routing.routes import Catalogue
 from service.stores.memory import MemoryConversations
 from service.tokens import MESSAGE_TOKENS, estimate_message
+from service.upstreams.making import make_upstreams
+from tests.running import configuration
 from tests.unit.ports import USER, Clock, FlatPrices, OneUpstream, ScriptedUpstream
 
 OTHER = Principal("other", "team")
@@ -32,15 +39,23 @@ OTHER = Principal("other", "team")
 class Talk:
     """A dialogue with its store."""
 
-    def __init__(self, *, provider: str = "scripted", context: int | None = None, **defaults: Any) -> None:
+    def __init__(
+        self,
+        *,
+        provider: str = "scripted",
+        context: int | None = None,
+        catalogue: Catalogue | None = None,
+        prices: PriceBook | None = None,
+        **defaults: Any,
+    ) -> None:
         self.clock = Clock(500.0)
         self.store = MemoryConversations(ttl_seconds=1e9, most=100, clock=self.clock)
         upstream = ScriptedUpstream()
         upstream.provider = provider
         self.dialogue = Dialogue(
             conversations=self.store,
-            catalogue=OneUpstream(upstream),
-            prices=FlatPrices(context),
+            catalogue=catalogue or OneUpstream(upstream),
+            prices=prices or FlatPrices(context),
             defaults=Defaults(**{"model": "default-model"} | defaults),
             clock=self.clock,
         )
@@ -206,6 +221,31 @@ async def test_without_a_known_context_all_that_is_wanted_goes_along() -> None:
     talk = Talk(context=None)
     conversation = await talk.begun(*[("q" * 10_000, "a" * 10_000)] * 5)
     assert len(await talk.contents(ChatRequest("now", conversation_id=conversation))) == 11
+
+
+@pytest.mark.parametrize("name", ["gpt-4", "alias", "renamed", "renamed-alias"])
+async def test_the_context_is_that_of_the_model_in_use_whatever_its_caller_calls_it(name: str) -> None:
+    file = FileConfig.model_validate(
+        {
+            "upstreams": [{"name": "openai", "base_url": "https://api.openai.com/v1"}],
+            "models": [
+                {"name": "gpt-4", "upstream": "openai", "aliases": ["alias"]},
+                {
+                    "name": "renamed",
+                    "upstream": "openai",
+                    "upstream_model": "gpt-4",
+                    "aliases": ["renamed-alias"],
+                },
+            ],
+        }
+    )
+    known = configuration(file=file)
+    talk = Talk(catalogue=ModelCatalogue(known, make_upstreams(known)), prices=PriceTable())
+    long = ("q1" * 6_000, "a1" * 6_000)  # 6,000 tokens of the 8,192
+    conversation = await talk.begun(long, ("q2", "a2"))
+    for max_tokens, history in ((100, [*long, "q2", "a2"]), (4_000, ["q2", "a2"])):
+        request = ChatRequest("now", conversation_id=conversation, model=name, max_tokens=max_tokens)
+        assert await talk.contents(request) == [*history, "now"]
 
 
 # -- what is kept --------------------------------------------------------------------------------

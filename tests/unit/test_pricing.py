@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
+from typing import Any
 
 import genai_prices
 import pytest
@@ -11,8 +12,9 @@ from hypothesis import strategies as st
 
 from service import pricing
 from service.domain import UNPRICED, Price, Usage
-from service.pricing import HOLD_MODELS, HOLD_SECONDS, ModelFacts, PriceTable
-from tests.unit.ports import Clock
+from service.ports import Target
+from service.pricing import HOLD_MODELS, HOLD_SECONDS, ModelFacts, PriceTable, context_of
+from tests.unit.ports import Clock, ScriptedUpstream
 
 MILLION = 1_000_000
 SAMPLE = [
@@ -128,9 +130,27 @@ def test_the_simulator_costs_nothing_and_says_why() -> None:
     assert (cost.usd, cost.source) == (0.0, "simulator")
 
 
-def test_the_context_is_the_configured_one_else_the_tables() -> None:
-    table = PriceTable(contexts={"mine": 4_096})
-    assert table.context_tokens("mine", "nowhere") == 4_096
+@pytest.mark.parametrize(
+    ("target", "tokens"),
+    [
+        ({"model": "gpt-4", "context_tokens": 4_096}, 4_096),
+        ({"model": "gpt-4", "name": "gpt-4"}, 8_192),
+        ({"model": "gpt-4", "name": "fast"}, 8_192),
+        ({"model": "gpt-4", "name": "gpt-4o"}, 8_192),  # what it is called here is not what answers
+        ({"model": "a-deployment", "name": "gpt-4"}, 8_192),
+        ({"model": "a-deployment", "name": "fast"}, None),
+    ],
+)
+def test_the_context_is_the_configured_one_else_the_tables(
+    target: dict[str, Any], tokens: int | None
+) -> None:
+    upstream = ScriptedUpstream()
+    upstream.provider = "openai"
+    assert context_of(Target(upstream, **target), PriceTable()) == tokens
+
+
+def test_the_table_knows_contexts() -> None:
+    table = PriceTable()
     assert table.context_tokens("gpt-4o-mini", "openai") == 128_000
     assert table.context_tokens("unknown-model", "nowhere") is None
 

@@ -92,15 +92,25 @@ class Backlog:
         return None
 
     async def write_all(self, writes: Sequence[Write]) -> None:
-        """One after another; those that a cancelled caller does not come to are kept."""
-        left = iter(writes)
-        try:
-            for write in left:
-                await self.write(write)
-        except asyncio.CancelledError:
-            for write in left:
-                self._keep(write)
-            raise
+        """In one round trip, unless older writes wait; those that Redis does not take now are kept.
+
+        All are sent before anything is waited for: a caller who is cancelled loses none of them.
+        """
+        late = list(writes)
+        if all(self._lanes[write.lane] <= self._sent[write.lane] for write in writes):
+            try:
+                answers = await self._link.run_in_order([(w.script, w.keys, w.arguments) for w in writes])
+                late = [w for w, a in zip(writes, answers, strict=True) if isinstance(a, StateUnavailable)]
+            except StateUnavailable:
+                pass
+            except asyncio.CancelledError:
+                self._keep_all(writes)
+                raise
+        self._keep_all(late)
+
+    def _keep_all(self, writes: Sequence[Write]) -> None:
+        for write in writes:
+            self._keep(write)
 
     def _keep(self, write: Write) -> None:
         if len(self._waiting) >= self._most:
