@@ -14,6 +14,9 @@ HELM_DOCS := v1.14.2
 COMPOSE := v5.6.0
 CHECKOV := $(VENV)/checkov/.installed
 
+# Tests wait much: for a drain, a failover, a scrape.
+WORKERS ?= $(shell $(PYTHON) -c "import os; print(min(4, 1 + (os.cpu_count() or 1)))")
+
 .PHONY: help run dev-cluster test tools check format bench e2e bump image lock docs dashboards-preview clean
 
 help: ## this list
@@ -24,7 +27,7 @@ run: $(RUN) ## serve on 127.0.0.1:8000 with the simulator; the environment reach
 
 test: $(DEV) tools ## everything that needs no cluster
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	$(BIN)/coverage run -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 	@$(BIN)/coverage combine -q
 	$(BIN)/coverage report
 
@@ -44,9 +47,10 @@ format: $(DEV) ## let ruff mend what it can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(DEV) ## Weir beside a bare proxy, in one run
+bench: $(DEV) ## Weir beside a bare proxy, in one run; an answer from the cache; callers who leave
 	$(BIN)/python -m tests.performance $(ARGS)
-	@$(BIN)/python -m tests.performance.leaving >/dev/null
+	$(BIN)/python -m tests.performance.cached
+	$(BIN)/python -m tests.performance.leaving
 
 # Any command with the same words (`image TAG CONTEXT ARG...`, `env`) does; for other clusters see docs/development.md.
 CLUSTER ?= ../shared/cluster/cluster

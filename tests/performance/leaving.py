@@ -351,21 +351,24 @@ def told(found: Measured, *, on_redis: bool) -> str:
 
 
 def main() -> int:
+    """1 where anything is left of those who left; the goal may be missed, as in the rest of `make bench`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--callers", type=int, default=LEAVERS)
     parser.add_argument("--write", action="store_true", help=f"put what was found into docs/{PAGE}")
     options = parser.parse_args()
-    texts, well = [], True
+    texts, late, clean = [], 0, True
     for on_redis in (False, True):
         found = measure(options.callers, on_redis=on_redis)
-        well = well and not (found.late or any(found.after.left) or found.held)
-        well = well and found.after.tasks <= found.before.tasks
+        late += found.late
+        clean = clean and not (any(found.after.left) or found.held or found.after.tasks > found.before.tasks)
         texts.append(told(found, on_redis=on_redis))
         print(texts[-1] + "\n", flush=True)
-    print("as wanted" if well else "NOT as wanted")
+    goal = f"missed by {late} calls" if late else "reached"
+    print(f"Goal, each call cancelled within {1000 * BOUND_SECONDS:.0f} ms: {goal}")
+    print("Nothing is left" if clean else "SOMETHING IS LEFT")
     if options.write:
         put(PAGE, "leaving", "\n\n".join(texts))
-    return 0 if well else 1
+    return 0 if clean else 1
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import re
 import sys
 import time
 from collections import Counter
@@ -26,12 +27,16 @@ _GRACE_SECONDS: Final = 20.0
 """What has not ended so long after the run counts as an error."""
 _FAST_TOKENS: Final = 2000
 _TAIL_BYTES: Final = 1000
+_CONVERSATION: Final = re.compile(rb'"conversation_id":"([0-9a-f-]{36})"')
 
 
 class Job(msgspec.Struct, frozen=True):
-    """One run: whole answers, streams paced by the upstream, or streams as fast as they go."""
+    """One run: whole answers, streams paced by the upstream, or streams as fast as they go.
 
-    mode: Literal["whole", "paced", "fast"]
+    `turns` are whole answers of Weir's own API: each connection goes on with a conversation of its own.
+    """
+
+    mode: Literal["whole", "turns", "paced", "fast"]
     port: int
     connections: int
     seconds: float
@@ -77,11 +82,13 @@ class _Client(asyncio.Protocol):
 
     _transport: asyncio.Transport
 
-    def __init__(self, request: bytes, events_expected: int, tally: _Tally, *, once: bool) -> None:
-        self._request = request
-        self._events_expected = events_expected
+    def __init__(self, job: Job, tokens: int, tally: _Tally) -> None:
+        self._job = job
+        self._request = _request(job, tokens)
+        self._events_expected = tokens + EVENTS_BESIDE_TOKENS if tokens else 0
         self._tally = tally
-        self._once = once
+        self._once = job.mode == "paced"
+        self._talks = job.mode == "turns"
         self._closing = False
         self._pending = b""
         self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -190,17 +197,29 @@ class _Client(asyncio.Protocol):
         else:
             self._tally.answers += 1
             self._tally.latencies.append(time.perf_counter() - self._began)
+            if self._talks:
+                self._go_on()
         if self._once or self._tally.stopping:
             self._closing = True
             self._transport.close()
         else:
             self._send()
 
+    def _go_on(self) -> None:
+        """The next turn is of the conversation that the first one began."""
+        found = _CONVERSATION.search(self._body)
+        if found is None:
+            self._tally.errors["a turn without a conversation"] += 1
+            return
+        self._talks = False
+        self._request = _request(self._job, 0, found[1].decode())
+
     def _problem(self) -> str | None:
         if self._status != b"200":
             return f"status {self._status.decode()}: {self._body[:200].decode(errors='replace')}"
         if not self._events_expected:
-            return None if b'"choices"' in self._body else "an answer without choices"
+            sign = b'"conversation_id"' if self._job.mode == "turns" else b'"choices"'
+            return None if sign in self._body else f"an answer without {sign.decode()}"
         if b"data: [DONE]" not in self._body:
             return "a stream without [DONE]"
         if self._events != self._events_expected:
@@ -215,12 +234,11 @@ async def _run(job: Job) -> Outcome:
         tokens = round(TOKENS_PER_SECOND * (_SPREAD_SECONDS + WARM_UP_SECONDS + job.seconds + 0.5))
     elif job.mode == "fast":
         tokens = _FAST_TOKENS
-    request = _request(job, tokens)
     tally = _Tally()
     clients = []
     try:
         for _ in range(job.connections):
-            clients.append(await _connect(job, request, tokens, tally))
+            clients.append(await _connect(job, tokens, tally))
             if job.mode == "paced":
                 await asyncio.sleep(_SPREAD_SECONDS / job.connections)
         await _wait(clients, WARM_UP_SECONDS)
@@ -237,10 +255,9 @@ async def _run(job: Job) -> Outcome:
     return _outcome(began, ended, tally)
 
 
-async def _connect(job: Job, request: bytes, tokens: int, tally: _Tally) -> _Client:
-    expected = tokens + EVENTS_BESIDE_TOKENS if tokens else 0
+async def _connect(job: Job, tokens: int, tally: _Tally) -> _Client:
     _, client = await asyncio.get_running_loop().create_connection(
-        lambda: _Client(request, expected, tally, once=job.mode == "paced"), "127.0.0.1", job.port
+        lambda: _Client(job, tokens, tally), "127.0.0.1", job.port
     )
     return client
 
@@ -250,22 +267,27 @@ async def _wait(clients: list[_Client], seconds: float) -> None:
     await asyncio.wait([client.closed for client in clients], timeout=seconds)
 
 
-def _request(job: Job, tokens: int) -> bytes:
-    model = {"whole": "gpt-4o-mini", "paced": f"paced-50-{tokens}", "fast": f"fast-{tokens}"}[job.mode]
-    body: dict[str, object] = {
-        "model": model,
-        "messages": [
-            {"role": "system", "content": "You are an engineer of waterways. " * 4},
-            {"role": "user", "content": "What does a weir do, and how is the flow over it measured? " * 4},
-        ],
-        "temperature": 0.2,
-        "max_tokens": 4096,
-    }
+def _request(job: Job, tokens: int, conversation: str | None = None) -> bytes:
+    question = "What does a weir do, and how is the flow over it measured? " * 4
+    instruction = "You are an engineer of waterways. " * 4
+    body: dict[str, object] = {"model": "gpt-4o-mini", "temperature": 0.2, "max_tokens": 4000}
+    path = "/v1/chat/completions"
+    if job.mode == "turns":
+        path = "/api/v1/chat"
+        body |= {"message": question, "system_prompt": instruction}
+        if conversation is not None:
+            body["conversation_id"] = conversation
+    else:
+        body["messages"] = [
+            {"role": "system", "content": instruction},
+            {"role": "user", "content": question},
+        ]
     if tokens:
+        body["model"] = f"{'paced-50' if job.mode == 'paced' else 'fast'}-{tokens}"
         body |= {"stream": True, "stream_options": {"include_usage": True}}
     encoded = msgspec.json.encode(body)
     head = (
-        f"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1:{job.port}\r\n"
+        f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1:{job.port}\r\n"
         f"authorization: Bearer {job.key}\r\ncontent-type: application/json\r\n"
         f"content-length: {len(encoded)}\r\n\r\n"
     )

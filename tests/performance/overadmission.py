@@ -53,30 +53,38 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--limit", type=int, default=100_000)
     options = parser.parse_args()
-    share = options.attempts // options.processes
-    with Single(config=["appendonly no"]) as single:
-        began, clock = time.perf_counter(), _seconds(single)
-        with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
-            runs = [pool.submit(attempt, single.url, options.limit, share) for _ in range(options.processes)]
-            counted = [run.result() for run in runs]
-        elapsed, came_back = time.perf_counter() - began, (_seconds(single) - clock) / WINDOW_SECONDS
+    with (
+        Single(config=["appendonly no"]) as single,
+        ProcessPoolExecutor(options.processes, get_context("spawn")) as pool,
+    ):
+        held = holds(single, pool, options.processes, attempts=options.attempts, limit=options.limit)
+    return 0 if held else 1
+
+
+def holds(single: Single, pool: ProcessPoolExecutor, processes: int, *, attempts: int, limit: int) -> bool:
+    """Whether both limits were met and nobody was admitted beyond them; what was counted is printed."""
+    share = attempts // processes
+    began, clock = time.perf_counter(), _seconds(single)
+    runs = [pool.submit(attempt, single.url, limit, share) for _ in range(processes)]
+    counted = [run.result() for run in runs]
+    elapsed, came_back = time.perf_counter() - began, (_seconds(single) - clock) / WINDOW_SECONDS
     few, many, refused, unanswered = (sum(column) for column in zip(*counted, strict=True))
     attempts = few + many + refused + unanswered
-    print(f"processes      {options.processes}, each with {AT_ONCE} attempts at once")
+    print(f"processes      {processes}, each with {AT_ONCE} attempts at once")
     print(f"attempts       {attempts:,}, of two API keys by turns")
     over, well = 0, not unanswered
-    for what, limit, used in (
-        ("requests", options.limit, few),
-        ("tokens", options.limit * TOKENS_A_REQUEST, many * TOKENS["many"]),
+    for what, most, used in (
+        ("requests", limit, few),
+        ("tokens", limit * TOKENS_A_REQUEST, many * TOKENS["many"]),
     ):
-        allowed = limit + int(limit * came_back)
+        allowed = most + int(most * came_back)
         over += max(0, used - allowed)
-        well = well and used > limit - TOKENS["many"]
-        print(f"{what:<14} {used:,} admitted of {allowed:,} allowed: {limit:,} and what came back")
+        well = well and used > most - TOKENS["many"]
+        print(f"{what:<14} {used:,} admitted of {allowed:,} allowed: {most:,} and what came back")
     print(f"unanswered     {unanswered:,}")
     print(f"over-admitted  {over:,}")
     print(f"attempts/s     {(attempts - unanswered) / elapsed:,.0f}, with the start of the processes")
-    return 0 if well and not over else 1
+    return well and not over
 
 
 def attempt(url: str, limit: int, attempts: int) -> Counted:

@@ -8,7 +8,15 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final, Literal, NamedTuple
 
 Row = Literal[
-    "upstream", "bare", "fastapi", "weir", "weir_redis", "weir_quiet", "weir_traces_1", "weir_traces"
+    "upstream",
+    "bare",
+    "fastapi",
+    "weir",
+    "weir_redis",
+    "weir_turns",
+    "weir_quiet",
+    "weir_traces_1",
+    "weir_traces",
 ]
 Metric = Literal[
     "requests_per_second",
@@ -30,6 +38,7 @@ TITLES: Final[dict[Row, str]] = {
     "fastapi": "FastAPI + aiohttp",
     "weir": "Weir",
     "weir_redis": "Weir on Redis (limits, a budget, the ledger)",
+    "weir_turns": "Weir on Redis, turns of conversations",
     "weir_quiet": "Weir without metrics and request lines",
     "weir_traces_1": "Weir, 1 % of the requests traced",
     "weir_traces": "Weir, all requests traced",
@@ -110,6 +119,7 @@ class Samples:
 GOALS: Final = (
     Goal("requests/s, ratio to bare", 0.65, True, lambda s: s.ratio("weir", "requests_per_second")),
     Goal("the same on Redis", 0.5, True, lambda s: s.ratio("weir_redis", "requests_per_second")),
+    Goal("the same with conversations", 0.5, True, lambda s: s.ratio("weir_turns", "requests_per_second")),
     Goal(
         "streamed chunks/s, ratio to bare, 200 streams of 50/s",
         0.8,
