@@ -26,7 +26,7 @@ import openai
 from service.config import FileConfig
 from service.domain import Outcome, RequestRecord, UsageSource
 from tests.fakes.upstream import CONTENT, HUGE_SIZE, FakeUpstream
-from tests.programs import find
+from tests.programs import need
 from tests.running import RunningWeir, configuration
 
 SECRET: Final = "sk-upstream-secret-key"
@@ -331,8 +331,7 @@ class Accepting:
 
 def certificate(directory: Path) -> Path:
     """A new certificate for localhost, signed by itself, with its key."""
-    openssl, path = find("openssl"), directory / "pair.pem"
-    assert openssl is not None, "openssl is not there"
+    openssl, path = need("openssl"), directory / "pair.pem"
     words = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 1 -subj /CN=localhost"
     subprocess.run(
         [openssl, *words.split(), "-keyout", path, "-out", directory / "cert.pem"],

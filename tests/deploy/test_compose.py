@@ -9,16 +9,19 @@ import stat
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from jsonschema import Draft202012Validator
 
 from service.config import Settings, read_keys
 from service.domain import Outcome
 from tests.deploy.stack import COMPOSE, defaults, document, init, prepare
+from tests.deploy.stack_schemas import SCHEMAS
 from tests.programs import need
 from tests.running import ROOT, WeirProcess
 
@@ -371,6 +374,28 @@ def test_health_checks_ask_the_port_that_is_listened_on() -> None:
 
 
 # Grafana, Tempo, Loki, Alloy: no program of theirs is at hand
+
+
+def misspelled(value: Any) -> Iterator[Any]:
+    """Copies of a document with one name wrong in each."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield {(f"{name}s" if n == name else n): v for n, v in value.items()}
+            for wrong in misspelled(inner):
+                yield value | {name: wrong}
+    elif isinstance(value, list):
+        for place, inner in enumerate(value):
+            for wrong in misspelled(inner):
+                yield [*value[:place], wrong, *value[place + 1 :]]
+
+
+@pytest.mark.parametrize("path", SCHEMAS)
+def test_their_files_have_known_names_and_no_others(path: str) -> None:
+    schema = Draft202012Validator(SCHEMAS[path])
+    schema.validate(document(path))
+    wrong = list(misspelled(document(path)))
+    assert len(wrong) >= 10
+    assert not any(map(schema.is_valid, wrong))
 
 
 def test_datasources_know_each_other() -> None:

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -39,10 +38,6 @@ def installed(images: Images) -> Iterator[Installed]:
 
 def commands_in(notes: str) -> list[str]:
     return [line.strip() for line in notes.splitlines() if line.startswith("    ")]
-
-
-def takes(release: Release, pod: str, *keys: str) -> bool:
-    return all(release.status_of(pod, key) == 200 for key in keys)
 
 
 def test_it_installs_into_a_restricted_namespace_without_a_warning(images: Images, report: Report) -> None:
@@ -153,25 +148,43 @@ def test_each_line_of_the_notes_can_be_followed(installed: Installed, report: Re
     )
 
 
-def test_the_key_stays_over_upgrades_and_rotates_without_a_restart(
-    installed: Installed, report: Report
-) -> None:
-    release = installed.release
-    release.upgrade()
-    key = release.key
-    before = release.identities()
-    release.upgrade(
-        *("--set", "auth.keys[0].name=second,auth.keys[0].tenant=shop"),
-        *("--set", f"auth.keys[0].sha256={hash_key('weir-second')}"),
-    )
-    assert release.key == key
-    assert release.identities() == before, "no pod was restarted for a key"
+def until_all_pods_say(release: Release, status: int, key: str) -> float:
+    """Seconds until each of them answers so to this key."""
     began = time.monotonic()
     for name in release.names():
+
+        def says(name: str = name) -> bool:
+            return release.status_of(name, key) == status
+
         # A kubelet brings a changed Secret into a pod within a minute and a half.
-        until(f"{name} takes both keys", partial(takes, release, name, key, "weir-second"), seconds=150)
-        assert release.status_of(name, "weir-third") == 401
-    report.row("a second key, until all pods take it, without a restart", seconds=time.monotonic() - began)
+        until(f"{name} answers {status} to the key", says, seconds=150)
+    return time.monotonic() - began
+
+
+def test_keys_come_and_go_without_a_restart_and_nobody_else_gets_a_401(
+    installed: Installed, load: LoadPod, report: Report
+) -> None:
+    """Callers with the first key go on while the Secret is changed below them, twice."""
+    release = installed.release
+    release.upgrade()
+    key, before = release.key, release.identities()
+    with load.on(release, whole=4, fresh=2, words=1) as running:
+        release.upgrade(
+            *("--set", "auth.keys[0].name=second,auth.keys[0].tenant=shop"),
+            *("--set", f"auth.keys[0].sha256={hash_key('weir-second')}"),
+        )
+        come = until_all_pods_say(release, 200, "weir-second")
+        assert {release.status_of(name, "weir-third") for name in release.names()} == {401}
+        release.upgrade()
+        gone = until_all_pods_say(release, 401, "weir-second")
+        ended = running.stop()
+    report.row("a second key, until all pods take it, without a restart", seconds=come)
+    report.row(
+        "that key withdrawn, until no pod takes it; callers with the first key meanwhile", ended, seconds=gone
+    )
+    assert ended.failures() == []
+    assert release.key == key
+    assert release.identities() == before, "no pod was restarted for a key"
 
 
 def test_services_and_node_ports_are_reached_by_the_official_sdk(

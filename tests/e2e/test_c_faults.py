@@ -26,6 +26,8 @@ TYPED = {"ServerDisconnectedError", "ClientOSError", "ClientConnectorError", "Cl
 TYPED_BY_THE_SDK = {"APIConnectionError", "RemoteProtocolError", "ReadError"}
 """The same for the official SDK; inside a stream it lets its transport's own errors through."""
 
+CLOCKS_SECONDS = 1.0
+"""By which the clock of the load generator's node may go before this machine's."""
 HEARTBEAT_SECONDS = 0.5
 """The age that `weir_inflight_requests` may have."""
 
@@ -108,6 +110,7 @@ def test_after_a_crash_the_others_serve_and_the_sdk_notices_nothing(
     """SIGKILL to the process: Kubernetes hears of it afterwards, so new calls are refused for a moment.
 
     Longer than the SDK's two tries more last, when both meet the same pod: so it is told to try five times.
+    How long that is, is Kubernetes' affair; it is over once the process is there again, at the same address.
     """
     release.rolled_out()
     victim = Victim(release)
@@ -123,11 +126,15 @@ def test_after_a_crash_the_others_serve_and_the_sdk_notices_nothing(
             pytest.skip("the pod's process is another user's: only root can send it a SIGKILL")
         until("the container is back", lambda: restarts(release, victim.name) > 0)
         release.kubectl("wait", f"pod/{victim.name}", "--for=condition=Ready", "--timeout=120s")
-        recovered = time.time() - killed
+        back = time.time()
+        until("calls in the new process", partial(release.metric, victim.name, "weir_inflight_requests"))
         ended = running.stop()
-    report.row("a process killed by SIGKILL", ended, seconds=recovered, more=victim.told(ended, killed))
+    report.row("a process killed by SIGKILL", ended, seconds=back - killed, more=victim.told(ended, killed))
     assert_typed(ended)
     assert ended.failures(), "it was killed under load"
+    assert max(f.began for f in ended.failures()) < back + CLOCKS_SECONDS, (
+        "a call failed that began when it was back"
+    )
     assert set(victim.others()) == {"success"}, "another process had a call that ended badly"
     assert ended.failures("sdk_retrying") == [], "the SDK's own retries cover whole answers"
 
