@@ -24,7 +24,11 @@ QUESTIONS: Final = 12
 
 
 class Script:
-    """Makes the requests. `usual` are those of every day, `faults` those of which something goes wrong."""
+    """Makes the requests. `usual` are those of every day, `faults` those of which something goes wrong.
+
+    Of each model far more are usual than not: which of them come one after another at one pod is chance, and
+    a circuit that opens is no part of the script.
+    """
 
     def __init__(self, seed: int = 7) -> None:
         self._random = random.Random(seed)
@@ -33,7 +37,7 @@ class Script:
             self.chat: 30,
             self.big_chat: 20,
             self.whole: 10,
-            self.reasoning: 9,
+            self.reasoning: 20,
             self.llama: 12,
             self.lab: 14,
             self.embedding: 10,

@@ -41,7 +41,7 @@ WITH_LABELS = re.compile(r"\b((?:weir|gen_ai|http|openai)[:_][a-z0-9_:]+)\{([^}]
 NOT_METRICS = {
     *("openai_sdk", "openai_version"),  # a kind of upstream, a header
     *("weir_ledger", "weir_ledger_cursors", "weir_ledger_rejected", "weir_ledger_schema"),  # tables
-    *("weir_redis", "weir_quiet", "weir_traces_1", "weir_traces"),  # rows of the benchmark
+    *("weir_redis", "weir_turns", "weir_quiet", "weir_traces_1", "weir_traces"),  # rows of the benchmark
     "gen_ai_client_token_usage",  # an old name, as an example of what may be left out
     *(error.code for error in catalogue()),
 }
