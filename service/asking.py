@@ -37,6 +37,8 @@ from service.routing.routes import Route
 ATTEMPTS_MOST: Final = 20
 """Of one request, whatever else would allow more."""
 COOLING_MOST_SECONDS: Final = 60.0
+TIMER_SECONDS: Final = 0.001
+"""By which uvloop's timers may be early: a place that asked for time opens to the microsecond."""
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -207,7 +209,7 @@ class Asking:
             return False
         found = False
         try:
-            await asyncio.sleep(seconds)
+            await asyncio.sleep(seconds + TIMER_SECONDS)
             # Of many who waited for a place one may ask it: to the others their own error is told.
             found = route.choose(session, ()) is not None
         finally:

@@ -12,17 +12,23 @@ from typing import Final
 _BEGINS: Final = r"(?<![A-Za-z0-9])"
 # Whatever stands before it in one word: OPENAI_API_KEY, DB_PASSWORD, client_secret, accessToken.
 _NAME: Final = (
-    r"(?<![\w-])[\w-]*(?i:(?:api|access|secret|private|signing)[_-]?key|secret|token|passw(?:or)?d|passphrase"
-    r"|(?P<header>authorization))(?![\w-])"
+    r"(?<![\w-])[\w-]*(?i:(?:api|access|secret|private|signing)[_-]?key|(?P<word>secret|token)"
+    r"|passw(?:or)?d|passphrase|(?P<header>authorization))(?![\w-])"
 )
 # JSON inside JSON has backslashes before its quotes, one more at each level.
 _QUOTE: Final = r"\\{0,8}[\"']"
-# Its schemes are many, and each has a form of its own: `Digest` has quotes after a `=`.
-_HEADER: Final = rf"(?:{_QUOTE})?(?>=(?:{_QUOTE})[^\"'\\\r\n]*{_QUOTE}|[^\"'\\\r\n]){{6,}}"
+# Its schemes are many, and each has a form of its own: `Digest` has quotes after a `=`. Of two words one is
+# long, or has a digit or a `=`: where people write of an authorization, few are.
+_HEADER: Final = (
+    rf"(?:{_QUOTE})?(?=(?:[^\s\"'\\]{{1,40}}[ \t]{{1,20}})?(?:[^\s\"',;\\]{{12}}|[^\s\"',;\\]{{0,40}}[\d=]))"
+    rf"(?>=(?:{_QUOTE})[^\"'\\\r\n]*{_QUOTE}|[^\"'\\\r\n]){{6,}}"
+)
+# "Invalid token: endfor" tells of none.
+_NO_WORD: Final = r"(?=[^\s\"',;\\]{0,12}\d|[^\s\"',;\\]{12})"
 _NAMED: Final = (
     rf"{_NAME}(?:{_QUOTE})?\s{{0,20}}[:=]\s{{0,20}}(?(header){_HEADER}"
     rf"|(?:(?P<quote>{_QUOTE})[^\"']{{6,200}}?(?P=quote)"
-    rf"|(?:{_QUOTE})?(?i:(?:basic|bearer|digest|token)\s{{1,20}})?[^\s\"',;\\]{{6,}}))"
+    rf"|(?:{_QUOTE})?(?i:(?:basic|bearer|digest|token)\s{{1,20}})?(?(word){_NO_WORD})[^\s\"',;\\]{{6,}}))"
 )
 
 CREDENTIAL: Final = re.compile(
@@ -30,7 +36,8 @@ CREDENTIAL: Final = re.compile(
         (
             r"-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----.*?(?:-----END [A-Z ]{0,40}PRIVATE KEY-----|\Z)",
             _NAMED,
-            r"(?<=://)[^/\s]+(?=@)",  # user and password of an address, with whatever letters
+            # User and password of an address, with whatever letters; in JSON not beyond the end of a string.
+            r"(?<=://)(?:[^/\s\"']|[\"'](?![\s,:}\]]))+(?=@)",
             rf"{_BEGINS}(?i:bearer)\s+[^\s\"',;\\]{{6,}}",
             rf"{_BEGINS}(?i:basic)\s+[A-Za-z0-9+/]{{6,}}={{1,2}}",  # without the padding it may be a word
             rf"{_BEGINS}eyJ[A-Za-z0-9_-]{{8,}}(?:\.[A-Za-z0-9_-]*){{0,4}}",  # JSON web tokens, cut ones too

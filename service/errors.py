@@ -28,16 +28,31 @@ _HOST: Final = (
     rf"(?![\w-])(?::\d+)?{_PATH}"
 )
 _SAID_SO: Final = "|".join(
-    rf"(?<=\b{words} )"
-    for words in (
-        *("host", "tcp", "address", "server", "upstream", "backend", "endpoint"),
-        *("connect to", "connected to", "connecting to", "connection to"),
+    (
+        "(?<=://)",
+        *(
+            rf"(?<=\b{words}{re.escape(between)})"
+            for words in (
+                *("host", "tcp", "address", "addr", "server", "upstream", "backend", "endpoint"),
+                *(
+                    "dial",
+                    "refused",
+                    "econnrefused",
+                    "connect to",
+                    "connected to",
+                    "connecting to",
+                    "connection to",
+                ),
+            )
+            for between in (" ", "=", ": ", " '", ' "', " (", "='", '="')
+        ),
     )
 )
 _PORT: Final = r"443|[1-9]\d{3,4}"
 _HOST_WITH_PORT: Final = (
-    rf"(?<![\w.:-])(?:(?:{_SAID_SO})(?:{_LABEL}\.){{0,9}}[a-z]{_LABEL}:(?:80|{_PORT})"
-    rf"|(?:{_LABEL}\.){{1,9}}[a-z]{_LABEL}:(?:{_PORT})|\d{{1,3}}(?:\.\d{{1,3}}){{3}}:\d{{2,5}})(?!\w){_PATH}"
+    rf"(?<![\w.-])(?<![\w.]:)(?:(?:{_SAID_SO})(?:{_LABEL}\.){{0,9}}[a-z]{_LABEL}:(?:80|{_PORT})"
+    rf"|(?<!:)(?:{_LABEL}\.){{1,9}}[a-z]{_LABEL}:(?:{_PORT})"
+    rf"|(?<!:)\d{{1,3}}(?:\.\d{{1,3}}){{3}}:\d{{2,5}})(?!\w){_PATH}"
 )
 """Whatever the host. A name without a dot is one only where the words before say so, and only a usual port
 follows: there are `Error code:40001`, `gemma2:2024`, `messages.0.content:10` and `file.py:12`, too.

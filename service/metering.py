@@ -377,8 +377,8 @@ class StreamMeter:
             self.error = _no_json()
             return None
         if isinstance(chunk, dict):
-            if error := chunk.get("error"):
-                self.error = self._told(error)
+            if (error := chunk.get("error")) or chunk.get("type") == "error":
+                self.error = self._told(error or {name: chunk.get(name) for name in ("message", "code")})
                 return None
             choices = chunk.get("choices")
             for text in _texts(choices):
@@ -386,10 +386,12 @@ class StreamMeter:
             if self._keep_text:
                 self._text.extend(_answer_texts(choices))
             self._note_usage(chunk.get("usage"))
+            if self._hide_usage and chunk.get("usage") is not None:
+                event = _without_usage(event, data) if choices else b""
         self.events += 1
         if self._tap is not None:
             self._tap(b"")
-        return event
+        return event or None
 
     def _note_usage(self, value: Any) -> None:
         """Running totals grow, and some servers tell input and output apart: the largest, never a sum."""

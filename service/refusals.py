@@ -47,8 +47,10 @@ _MEANINGS: Final[dict[str, tuple[int, Failure | None]]] = {
     "rate_limit_exceeded": (429, None),
 }
 """By the `code` or `type` of an error: the status that belongs to it, and whether another model may do."""
-_TOO_LONG: Final = ("context length", "context window", "maximum context", "too many tokens")
+_TOO_LONG: Final = ("context length", "context window", "maximum context")
 """Words of servers whose errors have no code of their own: as `context_length_exceeded`."""
+_TOO_LONG_IF_REFUSED: Final = "too many tokens"
+"""The same under a status of refusal. Without one it may be a rate that is limited."""
 
 
 def refusal(
@@ -107,12 +109,12 @@ def asked_too_much(detail: dict[str, Any]) -> Failure | None:
         _, failure = _MEANINGS.get(str(detail.get(name)), (0, None))
         if failure is not None:
             return failure
-    return Failure.CONTEXT_LENGTH if _is_too_long(detail) else None
+    return Failure.CONTEXT_LENGTH if _says(detail, *_TOO_LONG, _TOO_LONG_IF_REFUSED) else None
 
 
-def _is_too_long(detail: dict[str, Any]) -> bool:
+def _says(detail: dict[str, Any], *some: str) -> bool:
     message = str(detail.get("message")).lower()
-    return any(words in message for words in _TOO_LONG)
+    return any(words in message for words in some)
 
 
 def _status_of(detail: dict[str, Any]) -> int | None:
@@ -122,7 +124,7 @@ def _status_of(detail: dict[str, Any]) -> int | None:
             value = int(value) if value.isascii() and value.isdigit() else _MEANINGS.get(value, (None,))[0]
         if isinstance(value, int) and 400 <= value < 600:  # OpenRouter numbers its codes by statuses
             return value
-    return 400 if _is_too_long(detail) else None
+    return 400 if _says(detail, *_TOO_LONG) else None
 
 
 _FAULTS: Final[dict[int, tuple[type[UpstreamError], str]]] = {

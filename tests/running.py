@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -76,9 +77,9 @@ class RunningWeir:
 
     def stop(self) -> None:
         """Drain and end; what has ended already stays so."""
-        if self._thread.is_alive():
+        with suppress(RuntimeError):  # its loop is closed
             self.loop.call_soon_threadsafe(self._server.end.set)
-            self._thread.join(20)
+        self._thread.join(20)
         assert not self._thread.is_alive(), "Weir did not stop"
 
     def sdk(self, **options: Any) -> openai.OpenAI:

@@ -38,7 +38,8 @@ MODEL: Final = "gen_ai_request_model"
 ANSWERED_BY: Final = "gen_ai_response_model"
 PROVIDER: Final = "gen_ai_provider_name"
 MODALITY: Final = "gen_ai_token_modality"
-GENAI: Final = ("gen_ai_operation_name", PROVIDER, MODEL, ANSWERED_BY)
+OPERATION: Final = "gen_ai_operation_name"
+GENAI: Final = (OPERATION, PROVIDER, MODEL, ANSWERED_BY)
 FOLDS: Final = (ANSWERED_BY, MODEL, PROVIDER)
 """What is known least well goes first."""
 

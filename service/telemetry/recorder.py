@@ -16,7 +16,7 @@ from service.domain import AttemptKind, CacheUse, Outcome, RequestRecord, Standi
 from service.errors import CallerGone, WeirError, catalogue, outcome_of
 from service.overload import Priority, Shed
 from service.routing.breaker import Circuit
-from service.telemetry.catalogue import ANSWERED_BY, MODALITY, MODEL, PROVIDER, Catalogue
+from service.telemetry.catalogue import ANSWERED_BY, MODALITY, MODEL, OPERATION, PROVIDER, Catalogue
 from service.telemetry.labels import OTHER, BoundedLabel, Views
 
 log = structlog.get_logger("weir")
@@ -197,8 +197,10 @@ class Metrics:
         if record.outcome is Outcome.SUCCESS:
             return views[self._all.duration]
         if record.outcome is Outcome.CLIENT_DISCONNECTED:
-            # Without the answer's model, which few of them saw: so each that was asked for has room.
-            return self._all.left_duration.child({**views.labels, ANSWERED_BY: ""}, views.overflow)
+            # Without the operation, and the answer's model, which few of them saw: so fifty models have room.
+            return self._all.left_duration.child(
+                {**views.labels, OPERATION: "", ANSWERED_BY: ""}, views.overflow
+            )
         return views[self._all.failed_duration]
 
     def refused(self, route: str, outcome: Outcome) -> None:
@@ -291,7 +293,7 @@ class Metrics:
 
     def _genai(self, record: RequestRecord, response_model: str, *, admit: bool) -> dict[str, str]:
         return {
-            "gen_ai_operation_name": record.operation.genai_name,
+            OPERATION: record.operation.genai_name,
             PROVIDER: record.provider,
             MODEL: self._models.of(record.request_model, admit=admit),
             ANSWERED_BY: self._models.of(response_model, admit=admit),

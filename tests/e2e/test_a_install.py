@@ -135,15 +135,18 @@ def test_each_line_of_the_notes_can_be_followed(installed: Installed, report: Re
     assert "simulator" in answers[0]
     assert "weir_build_info{" in answers[1]
     secret = next(c for c in commands if "create secret" in c).replace("sk-...", "sk-not-a-real-key")
-    upgrade = next(c for c in commands if c.startswith("helm upgrade"))
-    run("bash", "-c", f"cd {release.root} && {secret} && {upgrade}")
+    dashboards, model = (c for c in commands if c.startswith("helm upgrade"))
+    run("bash", "-c", f"cd {release.root} && {dashboards}")
+    shown = commands_in(run("helm", "get", "notes", "weir", "-n", release.namespace))
+    assert "weir-dashboard-overview" in run("bash", "-c", next(c for c in shown if "get configmap" in c))
+    run("bash", "-c", f"cd {release.root} && {secret} && {model}")
     release.rolled_out()
     assert "sk-not-a-real-key" not in run("helm", "get", "manifest", "weir", "-n", release.namespace)
     assert release.upstreams() == {"openai": "direct"}
     told = run("helm", "get", "notes", "weir", "-n", release.namespace)
     assert "SIMULATOR" not in told
     report.row(
-        "the notes followed: key, forwards, calls, metrics, another upstream",
+        "the notes followed: key, forwards, calls, metrics, dashboards, another upstream",
         more=f"{len(commands)} lines with commands; `helm test` and `helm uninstall` have rows of their own",
     )
 

@@ -394,7 +394,8 @@ async def test_a_caller_who_leaves_after_the_end_mark_had_all_of_it(
 async def test_the_pause_that_the_upstream_asks_for_is_kept(pauses: Pauses) -> None:
     limited = UpstreamRateLimited("slow", retry_after_seconds=7.5)
     await Path(ScriptedUpstream(limited, limited, GOOD_BODY)).ask(chat_call())
-    assert pauses == [7.5, 7.5]
+    assert pauses == pytest.approx([7.5, 7.5], abs=0.01)
+    assert min(pauses) > 7.5, "or a timer that is early finds the place closed"
 
 
 async def test_an_upstream_that_asks_for_a_long_pause_gets_it_from_the_caller(pauses: Pauses) -> None:

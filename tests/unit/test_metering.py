@@ -290,6 +290,21 @@ def test_an_error_in_an_event_of_an_unusual_shape_is_one(beside: dict[str, Any])
     assert type(meter.error) is UpstreamError
 
 
+def test_an_event_that_calls_itself_an_error_is_one_in_whatever_shape() -> None:
+    meter = StreamMeter(Operation.CHAT)
+    assert meter.feed(sse({"type": "error", "id": 5, "message": "Boom."})) == b""
+    assert type(meter.error) is UpstreamError
+
+
+def test_usage_that_weir_asked_for_is_hidden_in_an_unusual_shape_too() -> None:
+    said = {"id": 7, "choices": [{"index": 0, "delta": {"content": "Hi"}}]}
+    meter = StreamMeter(Operation.CHAT, hide_usage=True)
+    assert meter.feed(sse(said, {**said, "usage": USAGE}, {"id": 7, "choices": [], "usage": USAGE})) == sse(
+        said, said
+    )
+    assert meter.usage == Usage(11, 7)
+
+
 @pytest.mark.parametrize("data", ["[]", '"text"', "7", '{"choices":"none"}', '{"choices":[{"index":"x"}]}'])
 def test_json_of_an_unusual_shape_passes(data: str) -> None:
     meter = StreamMeter(Operation.CHAT)
@@ -629,6 +644,7 @@ def test_what_is_no_json_object_is_no_answer(body: bytes) -> None:
         ),
         ({"message": "No.", "type": "BadRequestError"}, UpstreamRejected, "No."),
         ({"message": "The maximum context length is 8192."}, UpstreamRejected, "8192"),
+        ({"message": "Too many tokens, please wait."}, UpstreamError, "Too many tokens"),
         ({"message": "Overloaded.", "code": "503"}, UpstreamUnavailable, "503"),
         ({"message": "Boom.", "code": 502}, UpstreamError, "failed (502)"),
         ({"message": "Boom with sk-secret.", "code": "server_error"}, UpstreamError, "Boom with (hidden)."),

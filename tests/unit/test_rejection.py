@@ -108,6 +108,13 @@ def test_the_key_is_taken_out_of_every_message() -> None:
         ("http://me:word@example.com/v1 says no", "(hidden) says no"),
         ("dial tcp gpu:80; connecting to gpu.models:80", "dial tcp (hidden); connecting to (hidden)"),
         ("upstream llm-1:8000/v1 and 93.184.216.34:8000", "upstream (hidden) and (hidden)"),
+        ("tcp://vllm:8000 or redis://redis-master:6379/0", "tcp://(hidden) or redis://(hidden)"),
+        ("server \"vllm:8000\", host='gpu-1:8000'", "server \"(hidden)\", host='(hidden)'"),
+        (
+            "refused: vllm:8000 (upstream (llm:8000), addr=llm:8001)",
+            "refused: (hidden) (upstream ((hidden)), addr=(hidden))",
+        ),
+        ("dial vllm:8000: connect ECONNREFUSED vllm:8000", "dial (hidden): connect ECONNREFUSED (hidden)"),
         *(
             (words, words)
             for words in (
@@ -116,6 +123,8 @@ def test_the_key_is_taken_out_of_every_message() -> None:
                 "messages.0.content:10 and input.text:25 are bad",
                 "file.py:12, us.anthropic.claude-3:20",
                 "Error code:40001, upstream status:502, host temperature:10",
+                "Invalid token: endfor expected, secret: required",
+                "Missing authorization: you did not send a key. Ask for one.",
                 "Send a Bearer token to https://api.example.com/v1 or 93.184.216.34",
             )
         ),
@@ -136,7 +145,7 @@ def test_an_upstreams_words_are_shown_without_keys_and_addresses_of_the_inside(
 
 
 def test_words_made_to_be_slow_are_read_quickly() -> None:
-    for piece in ("a.", "a", "sk-", "10.", "http://", "host a.", "connect to a:80"):
+    for piece in ("a.", "a", "sk-", "10.", "http://", "host a.", "connect to a:80", "://a", 'addr="'):
         words = piece * 100_000
         began = time.process_time()
         without_secrets(words)

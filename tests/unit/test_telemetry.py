@@ -213,7 +213,7 @@ def test_each_outcome_is_counted_with_its_error(outcome: Outcome, code: str | No
     assert measured("weir_requests_total", **labels, outcome=outcome.value) == 1
     duration = {**GENAI, "error_type": code or outcome.value}
     if outcome is Outcome.CLIENT_DISCONNECTED:
-        duration["gen_ai_response_model"] = ""
+        duration |= {"gen_ai_operation_name": "", "gen_ai_response_model": ""}
     assert measured("gen_ai_server_request_duration_seconds_count", **duration) == 1
     assert measured("openai_api_calls_total", model="asked", status="error") == 1
 

@@ -191,8 +191,10 @@ def test_who_left_is_told_by_model_in_the_worst_hour_too() -> None:
     codes = [code for code in CODES if code != "client_disconnected"]
     for model, code in product(MODELS, codes):
         measured.went(request_model=model, outcome=Outcome.UPSTREAM_ERROR, error_code=code)
-    for model, answered in product(MODELS, ("", "answered")):
+    operations = (Operation.RESPONSES, Operation.CHAT)
+    for operation, answered, model in product(operations, ("", "answered"), MODELS):
         measured.went(
+            operation=operation,
             request_model=model,
             response_model=answered,
             outcome=Outcome.CLIENT_DISCONNECTED,
@@ -205,7 +207,7 @@ def test_who_left_is_told_by_model_in_the_worst_hour_too() -> None:
         if sample.name == "gen_ai_server_request_duration_seconds_count"
         and sample.labels["error_type"] == "client_disconnected"
     }
-    assert left == dict.fromkeys(MODELS, 2)
+    assert left == dict.fromkeys(MODELS, 4)
 
 
 def test_ten_thousand_made_up_names_stay_within_all_bounds() -> None:

@@ -445,6 +445,8 @@ def test_what_is_called_a_secret_is_left_out(text: str) -> None:
         "token_count: 1234567, the secretary: somebody",
         "the pod weir-gateway-7f9c8d5b6-x2x4z, https://medium.example/@somebody",
         "basic authentication is a tokenizer: no secret",
+        "unexpected token: identifier, authorization: you need some",
+        '{"url":"https://api.example.com","to":"@somebody"}',
         "x" * 50_000,
         "@" * 5_000,
     ],
@@ -459,6 +461,7 @@ def test_what_is_no_secret_stays(text: str) -> None:
         "password", "password=", "password='", "api_key-", "a-", "token: ", r'token="\\', "secret ", "sk-",
         "authorization: ", 'authorization: ="', "authorization: =a", r'authorization:=\\"\\',
         "weir-", "eyJ-", "Bearer ", "bearer", "Basic ", "Basic a", "://", "://a:", "://@", "://'",
+        '://"a', "authorization: a ",
         "-----BEGIN ", " ", "\\", "a",
     ],
 )  # fmt: skip
