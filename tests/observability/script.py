@@ -47,9 +47,9 @@ class Script:
             self.generated: 2,
             self.response: 2,
             self.audio: 3,
-            self.slow_first: 0.8,
         }
         self.faults: dict[Kind, float] = {
+            self.slow_first: 1.5,
             self.unknown_model: 1,
             self.broken_body: 0.5,
             self.wrong_key: 0.5,
@@ -137,12 +137,15 @@ class Script:
         told = _with(told, audio_input=told.input // 2, audio_output=told.output // 2, cached=0)
         return Ask(told, GPT, "globex-app", stream=False)
 
+    # -- what goes wrong -----------------------------------------------------------------------------
+
     def slow_first(self) -> Ask:
-        """The first upstream is late, and another one is asked beside it."""
+        """The first upstream is late, and another one is asked beside it.
+
+        One in twenty at most, or being late is what the model does.
+        """
         told = _with(self._told(), first=0.15)
         return Ask(_with(told, faults={OPENAI: ("late-1500",)}), GPT, "globex-app")
-
-    # -- what goes wrong -----------------------------------------------------------------------------
 
     def unknown_model(self) -> Ask:
         return Ask(self._told(), "gpt-9", "acme-web", stream=False, expect=Outcome.CLIENT_ERROR)
