@@ -137,18 +137,20 @@ class _View:
 
     def _end(self, sig: int, frame: FrameType | None) -> None:
         self._ended = True
-        self._wake()
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        resized: Callable[[int, FrameType | None], None] = lambda sig, frame: self._wake()  # noqa: E731
+        resized: Callable[[int, FrameType | None], None] = lambda sig, frame: None  # noqa: E731
         # Ctrl-C too: a KeyboardInterrupt may come where exceptions are lost, in a finalizer for one.
         ends = dict.fromkeys((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), self._end)
         handlers = {signal.SIGWINCH: resized, **ends}
+        # Handlers run when Python gets to it: a signal just before the wait would be heard of after it.
+        woken = signal.set_wakeup_fd(self._waker, warn_on_full_buffer=False)
         before = {sig: signal.signal(sig, handler) for sig, handler in handlers.items()}
         try:
             yield
         finally:
+            signal.set_wakeup_fd(woken)
             for sig, handler in before.items():
                 signal.signal(sig, handler)
 
