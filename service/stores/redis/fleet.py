@@ -200,12 +200,10 @@ class FleetAccounts:
             # It was given up on its way: whether Redis has heard of it is not known.
             writes.append(self._store.settling_fleet(record.id))
         self._leases.note(tenant)
-        some = [Write("ledger", tenant, SETTLE, keys, arguments) for keys, arguments in writes]
         try:
-            if len(some) == 1:  # nearly always, and this is the shorter way
-                await self._backlog.write(some[0])
-            else:
-                await self._backlog.write_all(some)
+            await self._backlog.write_all(
+                [Write("ledger", tenant, SETTLE, keys, arguments) for keys, arguments in writes]
+            )
         finally:
             self._leases.end(tenant, record.id)
 
